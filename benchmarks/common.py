@@ -1,0 +1,70 @@
+"""What every benchmark records beside its numbers: commit, hash of the code that made them, hardware."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGE = ROOT / "src" / "scarceseg"
+
+# What a trained network and its score depend on; messages, commands and reports are left out on purpose.
+TRAINING = ("functional", "methods", "networks", "data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/ema.py",
+            "engine/seeds.py", "inference/sliding.py")  # fmt: skip
+
+
+def code_hash(parts: tuple[str, ...] = TRAINING) -> str:
+    """Hash of the syntax trees of the named files and folders: layout, comments and docstrings do not change it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        path = PACKAGE / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            tree = ast.parse(file.read_text())
+            for node in ast.walk(tree):
+                body = getattr(node, "body", None)
+                if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                    body[0].value.value = ""
+            digest.update(f"{file.relative_to(PACKAGE)}\n{ast.dump(tree)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def provenance(parts: tuple[str, ...] = TRAINING) -> dict[str, Any]:
+    """Commit, code hash and hardware."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "code": code_hash(parts),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+    }
+
+
+def processor() -> str:
+    """Model name of the CPU and the extensions that decide which arithmetic is fast."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    text = info.read_text()
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
+    extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
+    return f"{name} ({', '.join(extensions)})"
+
+
+def save(name: str, values: dict[str, Any]) -> Path:
+    """Write one result file."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    return path

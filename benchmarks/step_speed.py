@@ -1,0 +1,85 @@
+"""One full-resolution training step of each method in every arithmetic, as a ratio to float32 in the default layout.
+
+    python benchmarks/step_speed.py [--methods mean-teacher] [--patch 112,112,80] [--repeats 2] [--device cpu]
+
+A step is 2 labelled and 2 unlabelled patches through V-Net-16: forward, terms, backward, update, EMA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from common import provenance, save
+
+from scarceseg.config import OptimConfig
+from scarceseg.engine.loop import build_optimizer, place, train_step
+from scarceseg.engine.selftest import to_memory_format
+from scarceseg.methods import build_terms
+from scarceseg.networks import build_network
+from scarceseg.types import Labelled, Unlabelled
+
+
+def seconds(method: str, patch: tuple[int, ...], precision: str, layout: str, repeats: int, device: torch.device) -> float:
+    """Best time of one step after a warm-up step."""
+    torch.manual_seed(0)
+    student = to_memory_format(build_network("vnet", 1, 2).to(device), layout)
+    terms = build_terms(method, {}, 2)
+    for term in terms.values():
+        term.attach(student)
+        term.to(device)
+    student.train()
+    optimizer = build_optimizer(OptimConfig(), student, terms)
+    batch = (
+        Labelled(torch.randn(2, 1, *patch), torch.randint(0, 2, (2, *patch)), ("a", "b")),
+        Unlabelled(torch.randn(2, 1, *patch), ("c", "d")),
+    )
+    generator = torch.Generator(device=device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+    best = float("inf")
+    for t in range(repeats + 1):
+        start = time.perf_counter()
+        placed = place(batch, device, layout)
+        train_step(student, student, terms, optimizer, placed, t, 1000, generator, autocast)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if t:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    """Measure all combinations in one process, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", default="mean-teacher")
+    parser.add_argument("--patch", default="112,112,80")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    patch = tuple(map(int, options.patch.split(",")))
+    device = torch.device(options.device)
+    for method in options.methods.split(","):
+        times = {}
+        for precision in ("fp32", "bf16"):
+            for layout in ("contiguous", "channels_last_3d"):
+                times[f"{precision}/{layout}"] = seconds(method, patch, precision, layout, options.repeats, device)
+                print(method, precision, layout, round(times[f"{precision}/{layout}"], 3), flush=True)
+        base = times["fp32/contiguous"]
+        save(
+            f"step_speed/{method}_{'x'.join(map(str, patch))}_{device.type}",
+            {
+                "method": method,
+                "patch": patch,
+                "device": device.type,
+                "seconds": times,
+                "ratio": {key: base / value for key, value in times.items()},
+                **provenance(),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The command `scarceseg`: reads what the user typed, calls one function, prints. No logic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from scarceseg.errors import Interrupted, ScarceSegError
+
+app = typer.Typer(
+    help="Train a small 3D segmentation network from a few labelled volumes and a pool of unlabelled ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+datasets_app = typer.Typer(help="Public datasets: list, download, convert.", no_args_is_help=True)
+app.add_typer(datasets_app, name="datasets")
+
+# Optional[...] and not `| None`: Typer evaluates the annotations.
+DatasetArg = Annotated[Path, typer.Argument(help="Folder in nnU-Net raw layout (dataset.json, imagesTr, labelsTr).")]
+LabeledOpt = Annotated[
+    Optional[str], typer.Option(help="Number of labelled cases kept (first by name), or their names a,b,c.")
+]
+ValOpt = Annotated[Optional[str], typer.Option(help="Validation cases: names or patterns such as 'la_06[4-9],la_07*'.")]
+SpacingOpt = Annotated[Optional[str], typer.Option(help="Voxel spacing in mm: one number, or X,Y,Z.")]
+PatchOpt = Annotated[Optional[str], typer.Option(help="Patch in voxels: X,Y,Z.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from scarceseg import __version__
+
+        typer.echo(f"scarceseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that come before the command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and the report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train, predict, evaluate and report on synthetic volumes: no download, a few minutes on a CPU."""
+    from scarceseg.demo import run_demo
+
+    typer.echo(f"report: {run_demo(out, seed)}")
+
+
+@app.command()
+def plan(
+    dataset: DatasetArg,
+    labeled: LabeledOpt = None,
+    val: ValOpt = None,
+    network: Annotated[Optional[str], typer.Option(help="Network the patch has to fit.")] = None,
+    spacing: SpacingOpt = None,
+    patch: PatchOpt = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what training on a dataset would use: spacing, patch, memory, and warnings about the data."""
+    from scarceseg.data.show import plan_dataset, print_plan
+
+    made = plan_dataset(_config(dataset=dataset, labeled=labeled, val=val, network=network, spacing=spacing, patch=patch))
+    typer.echo(made.model_dump_json(indent=1)) if json else print_plan(made)
+
+
+@app.command()
+def train(
+    dataset: Annotated[
+        Optional[Path], typer.Argument(help="Folder in nnU-Net raw layout; may be left out with --resume.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run folder to make, or to go on with.")] = ...,  # type: ignore[assignment]
+    method: Annotated[Optional[str], typer.Option(help="Terms joined by '+', such as mean-teacher.")] = None,
+    recipe: Annotated[Optional[str], typer.Option(help="Recipe name or YAML file; flags given here win.")] = None,
+    labeled: LabeledOpt = None,
+    val: ValOpt = None,
+    network: Annotated[Optional[str], typer.Option(help="vnet, unet3d, or any MONAI network.")] = None,
+    foundation: Annotated[Optional[str], typer.Option(help="Foundation model, for methods that use one.")] = None,
+    spacing: SpacingOpt = None,
+    patch: PatchOpt = None,
+    iterations: Annotated[Optional[int], typer.Option(help="Training iterations.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of all randomness.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[Optional[str], typer.Option(help="auto, fp32 or bf16.")] = None,
+    set_: Annotated[
+        Optional[list[str]], typer.Option("--set", help="Any setting of the config, KEY=VALUE, such as optim.lr=0.005.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+) -> None:
+    """Train a network and leave everything about it in the run folder."""
+    from scarceseg.engine.run import train as train_run
+
+    config = _config(
+        recipe=recipe,
+        saved=out / "config.yaml" if resume else None,
+        assignments=set_ or [],
+        dataset=dataset,
+        method=method,
+        labeled=labeled,
+        val=val,
+        network=network,
+        foundation=foundation,
+        spacing=spacing,
+        patch=patch,
+        iterations=iterations,
+        seed=seed,
+        device=device,
+        precision=precision,
+    )
+    result = train_run(config, out, resume=resume)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if result.evaluation is not None:
+        from scarceseg.evaluation.tables import print_evaluation
+
+        print_evaluation(result.evaluation)
+    typer.echo(f"run: {result.folder}  report: {result.folder / 'report.html'}")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder, or any folder with model.json and model.safetensors.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Image files, folders of images, or one DICOM series folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the masks.")],
+    probabilities: Annotated[bool, typer.Option(help="Also write the probability of each class.")] = False,
+    uncertainty: Annotated[bool, typer.Option(help="Also write the voxel-wise entropy / ln K, in [0, 1].")] = False,
+    largest_component: Annotated[bool, typer.Option(help="Keep the largest component of each class.")] = False,
+    legacy: Annotated[bool, typer.Option(help="Uniform 18x18x4 windows of the published scripts (slow).")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Segment images; each mask has the size, spacing, origin and direction of its input file."""
+    from scarceseg.inference.predictor import predict as predict_files
+
+    written = predict_files(
+        run,
+        inputs,
+        out,
+        probabilities=probabilities,
+        uncertainty=uncertainty,
+        largest_component=largest_component,
+        legacy=legacy,
+        batch=batch,
+        device=device,
+    )
+    typer.echo(f"{len(written)} files in {out}")
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of masks, or one mask.")],
+    references: Annotated[Path, typer.Argument(help="Folder of reference masks, or one.")],
+    json: Annotated[Optional[Path], typer.Option(help="Write the results here as JSON.")] = None,
+    csv: Annotated[Optional[Path], typer.Option(help="Write one row a case and class here.")] = None,
+    units: Annotated[str, typer.Option(help="Unit of distances: mm or voxel.")] = "mm",
+    empty: Annotated[str, typer.Option(help="Distance of an empty mask: nan, or zero as published LA code has it.")] = "nan",
+) -> None:
+    """Dice, Jaccard, ASD, ASSD and HD95 of every case and class."""
+    from scarceseg.evaluation.evaluate import evaluate as evaluate_files
+    from scarceseg.evaluation.tables import print_evaluation
+
+    result = evaluate_files(predictions, references, json=json, csv=csv, units=units, empty=empty)  # type: ignore[arg-type]
+    print_evaluation(result.to_json())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Make the report of a run again."""
+    from scarceseg.report import build_report
+
+    typer.echo(f"report: {build_report(run)}")
+
+
+@datasets_app.command("list")
+def datasets_list() -> None:
+    """Show the known datasets."""
+    from scarceseg.data.catalogue import print_datasets
+
+    print_datasets()
+
+
+@datasets_app.command("get")
+def datasets_get(
+    name: Annotated[str, typer.Argument(help="Dataset name, see 'datasets list'.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(),
+) -> None:
+    """Download an openly available dataset and convert it."""
+    from scarceseg.data.catalogue import get_dataset
+
+    typer.echo(f"dataset: {get_dataset(name, out)}")
+
+
+@datasets_app.command("convert")
+def datasets_convert(
+    name: Annotated[str, typer.Argument(help="Dataset name, see 'datasets list'.")],
+    src: Annotated[Path, typer.Argument(help="Folder with the published files.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to make, in nnU-Net raw layout.")],
+) -> None:
+    """Convert the files of a public benchmark to nnU-Net raw layout."""
+    from scarceseg.data.catalogue import convert_dataset
+
+    typer.echo(f"dataset: {convert_dataset(name, src, dst)}")
+
+
+def _config(recipe: str | None = None, saved: Path | None = None, assignments: list[str] | None = None, **flags: Any) -> Any:
+    from scarceseg.settings import config_from_flags
+
+    return config_from_flags(recipe, saved, assignments or [], flags)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; exit status 0 done, 2 bad input or usage, 130 interrupted, 1 our fault."""
+    sys.exit(_guarded(lambda: app(arguments, standalone_mode=True)))
+
+
+def _guarded(call: Callable[[], Any]) -> int:
+    try:
+        call()
+    except ScarceSegError as error:
+        typer.echo(f"error: {error}", err=True)
+        return 2
+    except Interrupted as error:
+        typer.echo(str(error), err=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    main()

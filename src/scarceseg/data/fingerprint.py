@@ -1,0 +1,123 @@
+"""What the volumes are like: sizes, spacings, intensities of every training case, class counts of the labelled ones."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from scarceseg.data.dataset import Case, Dataset, Split, UnlabelledCase
+from scarceseg.data.geometry import orient_geometry
+from scarceseg.data.images import read_label, read_volume
+
+SAMPLES = 100_000
+"""Voxels of a case that its intensity statistics are computed from."""
+
+
+class Intensities(BaseModel):
+    """Statistics of one channel: 0.5th, 50th and 99.5th percentile, mean, standard deviation, share of exact zeros."""
+
+    low: float
+    median: float
+    high: float
+    mean: float
+    std: float
+    zeros: float
+
+
+class CaseFacts(BaseModel):
+    """One training case, its axes in canonical order.
+
+    Attributes:
+        labelled: in this run; only then `class_voxels` (count per class) is known.
+        intensities: per channel.
+    """
+
+    name: str
+    labelled: bool
+    size: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    intensities: list[Intensities]
+    class_voxels: list[int] | None = None
+
+
+class Fingerprint(BaseModel):
+    """Facts about all training cases.
+
+    Attributes:
+        cases: labelled ones first.
+        overall: per channel, over samples of all cases.
+        foreground: per channel, over samples of the labelled foreground; None when it has fewer than 1000 voxels.
+    """
+
+    cases: list[CaseFacts]
+    overall: list[Intensities]
+    foreground: list[Intensities] | None
+
+
+def fingerprint(dataset: Dataset, split: Split) -> Fingerprint:
+    """Read the images of all training cases, and the labels of the labelled ones only.
+
+    Args:
+        dataset: gives the classes.
+        split: validation cases are not looked at.
+
+    Raises:
+        DataError: a file cannot be used (see `images.read_volume` and `images.read_label`).
+    """
+    classes = range(len(dataset.classes))
+    cases: list[Case | UnlabelledCase] = [*split.labelled, *split.unlabelled]
+    with ThreadPoolExecutor(2, thread_name_prefix="fingerprint") as pool:
+        try:
+            looks = list(pool.map(lambda case: _look(case, classes), cases))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    foreground = np.concatenate([samples for _, _, samples in looks], axis=1)
+    return Fingerprint(
+        cases=[facts for facts, _, _ in looks],
+        # An equal share per case, so that one huge volume does not decide.
+        overall=[_statistics(channel) for channel in np.concatenate([_thin(s, 10_000) for _, s, _ in looks], axis=1)],
+        foreground=[_statistics(channel) for channel in foreground] if foreground.shape[1] >= 1000 else None,
+    )
+
+
+def _look(case: Case | UnlabelledCase, classes: range) -> tuple[CaseFacts, NDArray[np.float32], NDArray[np.float32]]:
+    volume, geometry = read_volume(case.images)
+    samples = _thin(volume.reshape(len(volume), -1), SAMPLES)
+    counts, foreground = None, samples[:, :0]
+    if isinstance(case, Case) and case.label is not None:
+        label = read_label(case.label, classes, geometry)
+        counts = [int(n) for n in np.bincount(label.ravel(), minlength=len(classes))]
+        foreground = _thin(volume[:, label > 0], 10_000)
+    turned = orient_geometry(geometry)
+    facts = CaseFacts(
+        name=case.name,
+        labelled=counts is not None,
+        size=turned.size,
+        spacing_mm=turned.spacing_mm,
+        intensities=[_statistics(channel) for channel in samples],
+        class_voxels=counts,
+    )
+    return facts, samples, foreground
+
+
+def _thin(samples: NDArray[Any], count: int) -> NDArray[Any]:
+    """At most about `count` columns, evenly spread; the odd stride does not keep step with rows of even length."""
+    stride = max(-(-samples.shape[1] // count), 1)
+    return samples[:, :: stride + (stride > 1 and stride % 2 == 0)]
+
+
+def _statistics(values: NDArray[np.float32]) -> Intensities:
+    low, median, high = np.percentile(values, [0.5, 50, 99.5])
+    return Intensities(
+        low=float(low),
+        median=float(median),
+        high=float(high),
+        mean=float(values.mean(dtype=np.float64)),
+        std=float(values.std(dtype=np.float64)),
+        zeros=float((values == 0).mean()),
+    )

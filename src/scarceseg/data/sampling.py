@@ -1,0 +1,178 @@
+"""Prepared volumes -> two-stream batches of patches: labelled rows and unlabelled rows, cropped, turned and flipped.
+
+Every row is a pure function of (seed, stream, row number). Batches can therefore be made ahead in a thread, on any
+number of processes, and from any iteration on, and are always the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scarceseg.engine.seeds import rng
+from scarceseg.types import Labelled, LabelMap, Unlabelled, Volume
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume a patch can be cut from.
+
+    Attributes:
+        name: case.
+        image: ``[C, X, Y, Z]`` float32, usually memory-mapped.
+        label: ``[X, Y, Z]`` uint8 for a labelled case, None for an unlabelled one.
+        fields: further maps ``[..., X, Y, Z]`` that are cut and turned with the image, such as pseudo-labels.
+    """
+
+    name: str
+    image: Volume
+    label: LabelMap | None = None
+    fields: Mapping[str, Array] | None = None
+
+
+def pad_to(array: Array, patch: Sequence[int]) -> Array:
+    """Zero-pad the last three axes to at least `patch`, half before (rounded down) and the rest after."""
+    missing = [max(side - size, 0) for side, size in zip(patch, array.shape[-3:], strict=True)]
+    if not any(missing):
+        return array
+    widths = [(0, 0)] * (array.ndim - 3) + [(m // 2, m - m // 2) for m in missing]
+    return np.pad(array, widths)
+
+
+def crop(array: Array, start: Sequence[int], patch: Sequence[int]) -> Array:
+    """The block of size `patch` at voxel `start` of the last three axes (a view)."""
+    box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
+    return array[(..., *box)]
+
+
+def turn(array: Array, quarter_turns: int, flip_axis: int | None) -> Array:
+    """Rotate by 90-degree steps in the slice plane (axes X, Y), then flip along X (0), Y (1) or not at all (None)."""
+    turned = np.rot90(array, quarter_turns, axes=(-3, -2)) if quarter_turns else array
+    return turned if flip_axis is None else np.flip(turned, axis=flip_axis - 3)
+
+
+class PatchSampler:
+    """Makes the batch of any iteration.
+
+    Cases are visited in a new random order per round, each once a round. A patch position is uniform over the volume,
+    or, for the share `foreground` of labelled rows, centred (as far as the border allows) on a labelled foreground voxel.
+
+    Args:
+        labelled: sources with labels.
+        unlabelled: sources without; may be empty when `batch_unlabelled` is 0.
+        patch: voxels ``(X, Y, Z)``.
+        batch_labelled, batch_unlabelled: rows per process.
+        seed: of the run.
+        augment: random 90-degree rotation and flip in the slice plane; rotations by 90 degrees need X = Y, otherwise
+            only half turns are drawn.
+        foreground: share in [0, 1].
+        rank, processes: which slice of the global batch this process makes.
+    """
+
+    def __init__(
+        self,
+        labelled: Sequence[Source],
+        unlabelled: Sequence[Source],
+        patch: tuple[int, int, int],
+        batch_labelled: int,
+        batch_unlabelled: int,
+        seed: int,
+        *,
+        augment: bool = True,
+        foreground: float = 0.0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.sources = {"labelled": list(labelled), "unlabelled": list(unlabelled)}
+        self.rows = {"labelled": batch_labelled, "unlabelled": batch_unlabelled}
+        self.patch = patch
+        self.seed = seed
+        self.augment = augment
+        self.foreground = foreground
+        self.rank = rank
+        self.processes = processes
+        self._foreground_voxels: dict[str, NDArray[np.int64]] = {}
+
+    def batch(self, iteration: int) -> tuple[Labelled, Unlabelled | None]:
+        """Labelled and unlabelled rows of one iteration, as CPU tensors."""
+        image, label, fields, names = self._stack("labelled", iteration)
+        if label is None:
+            raise ValueError("a labelled source has no label")
+        labelled = Labelled(image, label.long(), names, fields)
+        if not self.rows["unlabelled"]:
+            return labelled, None
+        image, _, fields, names = self._stack("unlabelled", iteration)
+        return labelled, Unlabelled(image, names, fields)
+
+    def batches(self, start: int, stop: int, ahead: int = 2) -> Iterator[tuple[Labelled, Unlabelled | None]]:
+        """Batches of the iterations ``start .. stop - 1``, made `ahead` of their use in one background thread."""
+        with ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
+            waiting: list[Future[tuple[Labelled, Unlabelled | None]]] = []
+            try:
+                for iteration in range(start, stop):
+                    while len(waiting) <= ahead and iteration + len(waiting) < stop:
+                        waiting.append(pool.submit(self.batch, iteration + len(waiting)))
+                    yield waiting.pop(0).result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _stack(
+        self, stream: str, iteration: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor], tuple[str, ...]]:
+        count = self.rows[stream]
+        first = (iteration * self.processes + self.rank) * count
+        rows = [self._row(stream, first + i) for i in range(count)]
+        maps = {key: torch.from_numpy(np.stack([row[key] for _, row in rows])) for key in rows[0][1]}
+        return maps.pop("image"), maps.pop("label", None), maps, tuple(name for name, _ in rows)
+
+    def _row(self, stream: str, number: int) -> tuple[str, dict[str, Array]]:
+        sources = self.sources[stream]
+        epoch, place = divmod(number, len(sources))
+        order = rng(self.seed, stream, 0, epoch).permutation(len(sources))
+        source = sources[int(order[place])]
+        draw = rng(self.seed, stream, 1, number)
+        maps: dict[str, Array] = {"image": source.image, **(source.fields or {})}
+        if source.label is not None:
+            maps["label"] = source.label
+        maps = {key: pad_to(value, self.patch) for key, value in maps.items()}
+        start = self._start(source, maps["image"].shape[-3:], draw)
+        turns, flip = self._turn(draw)
+        return source.name, {
+            key: np.ascontiguousarray(turn(crop(value, start, self.patch), turns, flip)) for key, value in maps.items()
+        }
+
+    def _start(self, source: Source, size: Sequence[int], draw: np.random.Generator) -> list[int]:
+        room = [side - patch for side, patch in zip(size, self.patch, strict=True)]
+        uniform = [int(draw.integers(0, r + 1)) for r in room]
+        if source.label is None or not self.foreground or draw.random() >= self.foreground:
+            return uniform
+        voxels = self._foreground(source)
+        if not len(voxels):
+            return uniform
+        centre = np.unravel_index(int(voxels[draw.integers(len(voxels))]), source.label.shape)
+        shift = [(side - own) // 2 for side, own in zip(size, source.label.shape, strict=True)]
+        return [
+            int(np.clip(c + s - patch // 2, 0, r))
+            for c, s, patch, r in zip(centre, shift, self.patch, room, strict=True)
+        ]
+
+    def _foreground(self, source: Source) -> NDArray[np.int64]:
+        if source.name not in self._foreground_voxels:
+            assert source.label is not None
+            self._foreground_voxels[source.name] = np.flatnonzero(source.label)
+        return self._foreground_voxels[source.name]
+
+    def _turn(self, draw: np.random.Generator) -> tuple[int, int | None]:
+        if not self.augment:
+            return 0, None
+        turns = int(draw.integers(4)) if self.patch[0] == self.patch[1] else 2 * int(draw.integers(2))
+        return turns, int(draw.integers(2))

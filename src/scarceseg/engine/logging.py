@@ -1,0 +1,118 @@
+"""What a run writes while it works: metrics.jsonl, TensorBoard events, and a progress display."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from scarceseg.engine.checkpoint import write_text
+
+
+class Display:
+    """Progress of one piece of work: a bar with the time left on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        title: what is being done.
+        start, total: finished and planned steps.
+        every: seconds between plain lines.
+    """
+
+    def __init__(self, title: str, start: int, total: int, every: float = 30.0) -> None:
+        self.title, self.start, self.total, self.every = title, start, total, every
+        self._note = ""
+        self._began = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+            self._task = self._bar.add_task(title, total=total, completed=start, note="")
+
+    def __enter__(self) -> Display:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, loss: float | None = None, note: str | None = None) -> None:
+        """Report `done` finished steps and, if known, the loss or another note."""
+        if loss is not None:
+            note = f"loss {loss:.4f}"
+        self._note = note or self._note
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=self._note)
+            return
+        now = time.monotonic()
+        if now - self._said >= self.every or done == self.total:
+            self._said = now
+            pace = (now - self._began) / max(done - self.start, 1)
+            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.total - done)))
+            print(f"{self.title} {done}/{self.total} {self._note} left {left}", file=sys.stderr, flush=True)
+
+
+class RunLog:
+    """Numbers of a run, appended line by line to ``metrics.jsonl`` and to TensorBoard.
+
+    Args:
+        folder: the run's.
+        active: False on all processes but the first: nothing is written.
+    """
+
+    def __init__(self, folder: Path, active: bool = True) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.folder = folder
+        self.active = active
+        self._writer: Any = None
+
+    def record(self, stage: str, iteration: int, values: dict[str, float]) -> None:
+        """Append one line."""
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, "stage": stage, **values}) + "\n")
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        for key, value in values.items():
+            self._writer.add_scalar(f"{stage}/{key}", value, iteration)
+
+    def rewind(self, stage: str, iteration: int) -> None:
+        """Drop the lines of `stage` from `iteration` on: a resumed run writes them again."""
+        if not self.active or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed process may be cut
+            at = entry.get("iteration", 0)
+            # A validation line carries the number of finished iterations, a training line its iteration.
+            again = {stage: at >= iteration, "validation": at > iteration}.get(entry.get("stage"), False)
+            if not again:
+                kept.append(line)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    @contextmanager
+    def progress(self, title: str, start: int, total: int) -> Iterator[Display]:
+        """A progress display for one stage."""
+        with Display(title, start, total) as display:
+            yield display
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,239 @@
+"""From a dataset and a config to a run folder: plan, prepare, the terms' stages, train, export, validate, report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from scarceseg.config import Config
+from scarceseg.data.dataset import Dataset, Split, load_dataset, make_split
+from scarceseg.data.plan import Plan, fingerprint, make_plan
+from scarceseg.data.prepare import PreparedCase, prepare_cases
+from scarceseg.data.sampling import PatchSampler, Source
+from scarceseg.engine.checkpoint import write_text
+from scarceseg.engine.folder import environment, open_run, read_json, timed_stage, write_json
+from scarceseg.engine.logging import Display, RunLog
+from scarceseg.engine.loop import Loop, LoopTask
+from scarceseg.engine.seeds import seed_init
+from scarceseg.engine.selftest import choose
+from scarceseg.engine.validation import Validation, finish
+from scarceseg.errors import RunError
+from scarceseg.inference.predictor import save_model
+from scarceseg.methods.base import Term, build_terms
+from scarceseg.networks.base import SegmentationNetwork, build_network, divisor_of
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: the run folder.
+        evaluation: metrics on the validation cases in the form `evaluate` writes, or None without any.
+        warnings: what the user should know.
+    """
+
+    folder: Path
+    evaluation: dict[str, Any] | None
+    warnings: tuple[str, ...]
+
+
+def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path | None = None) -> RunResult:
+    """Train one network and leave everything about it in `out`.
+
+    Args:
+        config: the run; see `scarceseg.config.Config`.
+        out: run folder, new or, with `resume`, one that was stopped.
+        resume: go on where the folder's checkpoint stands; starts afresh when there is none.
+        cache: folder of prepared volumes; None is the user's cache folder.
+
+    Raises:
+        DataError, ConfigError, RunError: with one message that says what to do.
+        Interrupted: stopped by Ctrl-C or SIGTERM after saving.
+    """
+    folder = Path(out)
+    method_terms = build_terms(config.method, config.terms, classes=2)  # names and options are checked before any work
+    dataset = load_dataset(Path(config.dataset))
+    split = make_split(dataset, config.labeled, config.val)
+    divisor = divisor_of(config.network.name, config.network.args)
+    resumed = open_run(folder, config, resume)
+    with _stop_signals() as stop:
+        warnings = list(split.warnings)
+        with timed_stage(folder, "prepare"):
+            plan = _plan(config, dataset, split, folder, divisor, resumed)
+            warnings += plan.warnings
+            with Display("prepare", 0, len(split.labelled) + len(split.unlabelled)) as display:
+                cases = prepare_cases(
+                    split.labelled, split.unlabelled, plan, cache, lambda done, _, name: display.update(done, note=name)
+                )
+        terms = _terms(config, method_terms, split, plan, warnings)
+        _train_stage(config, folder, split, plan, cases, terms, stop, cache)
+        write_json(folder / "warnings.json", warnings)
+    evaluation = read_json(folder / "evaluation.json", None)
+    return RunResult(folder, evaluation, tuple(warnings))
+
+
+def _plan(
+    config: Config, dataset: Dataset, split: Split, folder: Path, divisor: tuple[int, int, int], resumed: bool
+) -> Plan:
+    plan_file, split_file = folder / "plan.json", folder / "split.json"
+    if resumed and plan_file.exists() and split_file.exists():
+        if read_json(split_file, None) != split.to_json():
+            raise RunError(
+                f"the cases of {dataset.folder} are not those the run {folder} was started with ({split_file}): "
+                "restore the dataset, or start a new run"
+            )
+        return Plan.model_validate_json(plan_file.read_text())
+    plan = make_plan(fingerprint(dataset, split), dataset, split, config, divisor)
+    write_json(split_file, split.to_json())
+    write_text(plan_file, plan.model_dump_json(indent=1) + "\n")
+    return plan
+
+
+def _terms(
+    config: Config, names: dict[str, Term], split: Split, plan: Plan, warnings: list[str]
+) -> dict[str, Term]:
+    method, options = "+".join(names), config.terms
+    if not split.unlabelled and any("unlabelled" in term.reads for term in names.values()):
+        warnings.append(
+            f"there is no unlabelled case, so {config.method!r} has nothing to learn from beyond the labels: "
+            "training 'supervised' alone"
+        )
+        method, options = "supervised", {key: value for key, value in options.items() if key == "supervised"}
+    return build_terms(method, options, len(plan.classes))
+
+
+def _train_stage(
+    config: Config,
+    folder: Path,
+    split: Split,
+    plan: Plan,
+    cases: dict[str, PreparedCase],
+    terms: dict[str, Term],
+    stop: Callable[[], bool],
+    cache: Path | None,
+) -> None:
+    seed_init(config.seed)
+    student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
+    fabric, memory_format = _fabric(config, folder, student, plan)
+    student.to(fabric.device)
+    for term in terms.values():
+        term.attach(student)
+        term.to(fabric.device)
+    for name, term in terms.items():
+        for stage in term.stages():
+            _offline_stage(folder, f"{name}-{stage}", lambda path, t=term, s=stage: t.prepare(s, path))
+    log = RunLog(folder, fabric.is_global_zero)
+    validation = Validation(config, split.val, plan, folder, log, fabric, cache)
+    task = LoopTask(
+        stage="train",
+        student=student,
+        terms=terms,
+        sampler=_sampler(config, split, plan, cases, terms, fabric),
+        optim=config.optim,
+        iterations=config.iterations,
+        seed=config.seed,
+        checkpoint=folder / "checkpoints" / "last.pt",
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+        memory_format=memory_format,
+        after_step=validation.hook(student),
+    )
+    try:
+        with timed_stage(folder, "train"):
+            Loop(task, fabric, log, stop).run()
+    finally:
+        log.close()
+    if not fabric.is_global_zero:
+        return
+    validation.load_best(student)
+    summary = {"method": config.method, "labelled": len(split.labelled), "unlabelled": len(split.unlabelled)}
+    save_model(folder, student, config.network, plan, summary | {"iterations": config.iterations, "seed": config.seed})
+    with timed_stage(folder, "validate"):
+        finish(folder, split, config.device)
+
+
+def _offline_stage(folder: Path, stage: str, work: Callable[[Path], None]) -> None:
+    target = folder / "stages" / stage
+    done = target / "done"
+    if done.exists():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    with timed_stage(folder, stage):
+        work(target)
+    write_text(done, "")
+
+
+def _fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Plan) -> tuple[Fabric, str]:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: this machine shows no CUDA device; use --device cpu or auto")
+    accelerator = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+    path = folder / "environment.json"
+    known = read_json(path, {})
+    device = torch.device(accelerator)
+    if known.get("device") == accelerator:
+        # A resumed run keeps the arithmetic it was started with.
+        precision, memory_format = known["precision"], known["memory_format"]
+    else:
+        precision, memory_format, measured = choose(
+            student, len(plan.channels), plan.patch, student.divisor, device, config.precision, config.memory_format
+        )
+        chosen = {"device": accelerator, "precision": precision, "memory_format": memory_format}
+        write_json(path, environment() | chosen | {"selftest_seconds": measured})
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        strategy="ddp" if processes > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric, memory_format
+
+
+def _sampler(
+    config: Config, split: Split, plan: Plan, cases: dict[str, PreparedCase], terms: dict[str, Term], fabric: Fabric
+) -> PatchSampler:
+    needs_unlabelled = any("unlabelled" in term.reads for term in terms.values())
+    return PatchSampler(
+        [Source(c.name, cases[c.name].image, cases[c.name].label) for c in split.labelled],
+        [Source(c.name, cases[c.name].image) for c in split.unlabelled] if needs_unlabelled else [],
+        plan.patch,
+        config.batch_labeled,
+        config.batch_unlabeled if needs_unlabelled else 0,
+        config.seed,
+        augment=config.augment,
+        foreground=config.foreground,
+        rank=fabric.global_rank,
+        processes=fabric.world_size,
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, _: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,158 @@
+"""Validation cases: Dice during training, checkpoint choice, and the full metrics at the end. Labels are read here only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from scarceseg.config import Config
+from scarceseg.data.dataset import Case, Split
+from scarceseg.data.images import read_volume, write_image
+from scarceseg.data.plan import Plan
+from scarceseg.data.prepare import PreparedCase, prepare_cases
+from scarceseg.engine.checkpoint import write_atomic
+from scarceseg.engine.folder import read_json, write_json
+from scarceseg.engine.logging import Display, RunLog
+from scarceseg.errors import ConfigError
+from scarceseg.inference.predictor import Prediction, Predictor
+from scarceseg.inference.sliding import sliding_window
+
+
+class Validation:
+    """Dice on the validation cases every so many iterations, on the prepared grid, and the best weights so far.
+
+    Raises:
+        ConfigError: `select: best` without validation cases.
+    """
+
+    def __init__(
+        self, config: Config, cases: tuple[Case, ...], plan: Plan, folder: Path, log: RunLog, fabric: Fabric, cache: Path | None
+    ) -> None:
+        if config.select == "best" and not cases:
+            raise ConfigError("select: best needs validation cases: name them with --val, or keep select: last")
+        self.config, self.cases, self.plan = config, cases, plan
+        self.folder, self.log, self.fabric, self.cache = folder, log, fabric, cache
+        self.every = config.validate_every or (max(config.iterations // 10, 1) if config.select == "best" else 0)
+        self._prepared: dict[str, PreparedCase] | None = None
+
+    @property
+    def best_file(self) -> Path:
+        """Weights of the best validation so far."""
+        return self.folder / "checkpoints" / "best.safetensors"
+
+    def hook(self, student: nn.Module) -> Callable[[int], None] | None:
+        """Function for the loop's `after_step`, or None when nothing is to be validated during training."""
+        if not self.cases or not self.every or not self.fabric.is_global_zero:
+            return None
+
+        def after_step(finished: int) -> None:
+            if finished % self.every == 0:
+                self.validate(student, finished)
+
+        return after_step
+
+    def validate(self, student: nn.Module, finished: int) -> None:
+        """Measure, log, and keep the weights if they are the best."""
+        if self._prepared is None:
+            self._prepared = prepare_cases(self.cases, (), self.plan, self.cache, None)
+        dice = np.nanmean([self._dice(student, case) for case in self._prepared.values()], axis=0)
+        names = list(self.plan.classes)[1:]
+        mean = float(np.mean(dice))
+        self.log.record("validation", finished, {f"dice/{n}": float(d) for n, d in zip(names, dice, strict=True)})
+        record = self.folder / "checkpoints" / "best.json"
+        if self.config.select == "best" and mean > read_json(record, {"dice": -1.0})["dice"]:
+            weights = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
+            write_atomic(self.best_file, lambda path: save_file(weights, path))
+            write_json(record, {"iteration": finished, "dice": mean})
+
+    def _dice(self, student: nn.Module, case: PreparedCase) -> list[float]:
+        assert case.label is not None
+        student.eval()
+        with torch.inference_mode(), self.fabric.autocast():
+            probability = sliding_window(
+                torch.from_numpy(np.array(case.image)), student, self.plan.patch, device=self.fabric.device
+            )
+        predicted = probability.argmax(0).cpu().numpy()
+        label = np.asarray(case.label)
+        scores = []
+        for index in range(1, len(self.plan.classes)):
+            p, r = predicted == index, label == index
+            total = int(p.sum()) + int(r.sum())
+            scores.append(2.0 * int((p & r).sum()) / total if total else 1.0)
+        return scores
+
+    def load_best(self, student: nn.Module) -> None:
+        """Put the chosen weights into the student: the last, or with `select: best` the best."""
+        if self.config.select == "best" and self.best_file.exists():
+            student.load_state_dict(load_file(self.best_file))
+
+
+def finish(folder: Path, split: Split, device: str) -> None:
+    """Predict the validation cases as `predict` would, evaluate them, and keep pictures of a few cases.
+
+    Without validation cases, three unlabelled ones are predicted for the pictures.
+    """
+    predictor = Predictor(folder, device=device)
+    shown: list[tuple[Any, Path | None]] = [(case, case.label) for case in split.val]
+    if not shown:
+        shown = [(case, None) for case in split.unlabelled[:3]]
+    target = folder / "validation"
+    kept: dict[str, tuple[np.ndarray, Prediction, tuple[float, float, float], Path | None]] = {}
+    with Display("validate", 0, len(shown)) as display:
+        for number, (case, reference) in enumerate(shown, 1):
+            volume, geometry = read_volume(case.images)
+            prediction = predictor.predict_volume(volume, geometry)
+            if split.val:
+                write_image(prediction.label, geometry, target / f"{case.name}.nii.gz")
+            kept[case.name] = (volume[0], prediction, geometry.spacing_mm, reference)
+            display.update(number, note=case.name)
+    names = list(kept)
+    if split.val:
+        names = _evaluate(folder, split.val, target)
+    (folder / "figures").mkdir(exist_ok=True)
+    for rank, name in names_with_rank(names):
+        image, prediction, spacing, reference = kept[name]
+        _figure(folder / "figures" / f"{rank}_{name}.npz", name, rank, image, prediction, spacing, reference)
+
+
+def names_with_rank(names: list[str]) -> list[tuple[str, str]]:
+    """Best, median and worst of names sorted from worst to best; with three or fewer, all of them."""
+    if len(names) <= 3:
+        return [(f"case{i}", name) for i, name in enumerate(names)]
+    return [("best", names[-1]), ("median", names[len(names) // 2]), ("worst", names[0])]
+
+
+def _evaluate(folder: Path, cases: tuple[Case, ...], predictions: Path) -> list[str]:
+    from scarceseg.evaluation.evaluate import evaluate
+
+    references = cases[0].label
+    assert references is not None
+    result = evaluate(predictions, references.parent, json=folder / "evaluation.json").to_json()
+    score = {
+        name: float(np.mean([metrics["dice"] for metrics in classes.values()])) for name, classes in result["cases"].items()
+    }
+    return sorted(score, key=lambda name: score[name])
+
+
+def _figure(
+    path: Path,
+    name: str,
+    rank: str,
+    image: np.ndarray,
+    prediction: Prediction,
+    spacing: tuple[float, float, float],
+    reference: Path | None,
+) -> None:
+    from scarceseg.data.images import read_image
+
+    arrays: dict[str, Any] = {"image": image, "prediction": prediction.label, "uncertainty": prediction.uncertainty}
+    if reference is not None:
+        arrays["reference"] = read_image(reference)[0].astype(np.uint8)
+    np.savez_compressed(path, title=f"{name} ({rank})" if not rank.startswith("case") else name, spacing_mm=spacing, **arrays)

@@ -1,0 +1,339 @@
+"""Predicted label files against reference label files: the metrics of every case and class, as one JSON object."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from scipy import ndimage
+
+from scarceseg.data.geometry import describe, same_geometry
+from scarceseg.data.images import SUFFIXES, image_suffix, read_image
+from scarceseg.engine.checkpoint import write_text
+from scarceseg.errors import ConfigError, DataError
+from scarceseg.evaluation.metrics import METRICS, Empty, binary_metrics
+from scarceseg.types import Geometry, LabelMap
+
+Units = Literal["mm", "voxel"]
+
+ClassMetrics = dict[str, dict[str, float]]
+"""Values of `METRICS` by class."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that some mean does not count: a mask is empty on one side, or a file could not be used.
+
+    Attributes:
+        case: its name.
+        class_name: the class, or None when the whole case could not be evaluated.
+        reason: "empty prediction", "empty reference", or what is wrong with the files.
+    """
+
+    case: str
+    class_name: str | None
+    reason: str
+
+    def to_json(self) -> dict[str, str | None]:
+        """``{"case", "class", "reason"}``."""
+        return {"case": self.case, "class": self.class_name, "reason": self.reason}
+
+
+class _Score(NamedTuple):
+    """Metrics of one case, and the reason for each class of which just one mask is empty."""
+
+    metrics: ClassMetrics
+    empty: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics of all cases.
+
+    Attributes:
+        units: of the distances, "mm" or "voxel".
+        cases: case -> class -> metric; an undefined distance is NaN.
+        mean: class -> metric, over the cases in which it is finite; NaN when there is none.
+        failed: empty masks on one side (listed with ``empty="zero"`` too) and cases that could not be evaluated.
+        warnings: what the user should know, such as references without a prediction. Not part of the JSON.
+    """
+
+    units: Units
+    cases: dict[str, ClassMetrics]
+    mean: ClassMetrics
+    failed: tuple[Failure, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"units", "cases": {id: {class: {metric}}}, "mean": {class: {metric}}, "failed": [...]}``.
+
+        Undefined numbers are ``null``, since JSON has no NaN. An entry of ``failed`` is ``{"case", "class", "reason"}``,
+        ``class`` being ``null`` when the whole case could not be evaluated.
+        """
+        return {
+            "units": self.units,
+            "cases": {case: _nullable(classes) for case, classes in self.cases.items()},
+            "mean": _nullable(self.mean),
+            "failed": [failure.to_json() for failure in self.failed],
+        }
+
+
+class IncompleteEvaluation(DataError):
+    """Some cases could not be evaluated; `result` holds all the others, and the files asked for are written."""
+
+    def __init__(self, message: str, result: EvaluationResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def evaluate(
+    predictions: Path,
+    references: Path,
+    *,
+    json: Path | None = None,
+    csv: Path | None = None,
+    units: Units = "mm",
+    empty: Empty = "nan",
+    classes: Mapping[str, int] | None = None,
+    workers: int | None = None,
+) -> EvaluationResult:
+    """Compare label files, found by case name: the file name without its ending, so that formats may differ.
+
+    Every prediction needs a reference; a reference without prediction is left out with a warning. Label values are
+    named by the ``dataset.json`` beside the folder of references (or in it) when there is one, otherwise by themselves. A
+    class that is in neither file of a case counts as two empty masks (Dice 1, distances 0).
+
+    Args:
+        predictions: folder of label files, or one file.
+        references: folder of label files, or one file when `predictions` is one.
+        json: file to write the result to, in the form of `EvaluationResult.to_json`.
+        csv: file to write one row a case and class to.
+        units: "mm", or "voxel" for distances as in the published tables (spacing taken as 1).
+        empty: distances when just one mask is empty, see `binary_metrics`.
+        classes: label value of each class name, instead of ``dataset.json``; other values are then not looked at.
+        workers: cases compared at the same time; None takes one a processor, eight at most.
+
+    Raises:
+        ConfigError: `units` or `empty` is none of the known words.
+        DataError: nothing to compare, or a prediction has no reference.
+        IncompleteEvaluation: a file is unreadable, its pair lies on another grid, or it has a value that is no class.
+            Raised after the other cases are computed and written.
+        RunError: an output file cannot be written.
+    """
+    _check_word("units", units, get_args(Units))
+    _check_word("empty", empty, get_args(Empty))
+    pairs, warnings = _pairs(predictions, references)
+    names = dict(classes) if classes is not None else _class_values(references)
+
+    def score(case: str) -> _Score | DataError:
+        try:
+            return _score(*pairs[case], names, classes is not None, units, empty)
+        except DataError as error:
+            return error
+
+    count = min(len(pairs), 8, os.cpu_count() or 1) if workers is None else max(workers, 1)
+    if count == 1:
+        scores = [score(case) for case in pairs]
+    else:
+        # Threads and not processes: nearly all the time is spent in compiled code that lets the others go on.
+        with ThreadPoolExecutor(count) as pool:
+            scores = list(pool.map(score, pairs))
+    result = _summary(dict(zip(pairs, scores, strict=True)), units, tuple(warnings), names)
+    if json is not None:
+        write_text(json, jsonlib.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+    if csv is not None:
+        from scarceseg.evaluation.tables import to_csv
+
+        write_text(csv, to_csv(result))
+    _raise_for_broken(result, len(pairs))
+    return result
+
+
+def mean_metrics(cases: Mapping[str, ClassMetrics]) -> ClassMetrics:
+    """Mean of each metric over the cases in which it is finite, by class; NaN when there is none."""
+    by_class: dict[str, list[dict[str, float]]] = {}
+    for classes in cases.values():
+        for name, values in classes.items():
+            by_class.setdefault(name, []).append(values)
+    return {name: {metric: _finite_mean(v[metric] for v in rows) for metric in METRICS} for name, rows in by_class.items()}
+
+
+def _finite_mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def _nullable(classes: ClassMetrics) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
+        for name, values in classes.items()
+    }
+
+
+def _check_word(name: str, word: str, known: tuple[str, ...]) -> None:
+    if word not in known:
+        raise ConfigError(f"{name}: expected {' or '.join(known)}, got {word!r}")
+
+
+def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Prediction and reference file of each case, sorted by name, and warnings."""
+    if predictions.is_file() and references.is_file():
+        return {_case_name(predictions): (predictions, references)}, []
+    if references.is_file():
+        raise DataError(
+            f"expected a folder of references for the folder {predictions}, got the file {references}; "
+            "give two folders or two files"
+        )
+    found = {_case_name(predictions): predictions} if predictions.is_file() else _label_files(predictions, "predictions")
+    known = _label_files(references, "references")
+    if missing := sorted(found.keys() - known.keys()):
+        raise DataError(
+            f"{len(missing)} of {len(found)} predictions have no reference of the same name in {references}: "
+            f"{_some(missing)}; references are named like {next(iter(known))!r}: rename the predictions, or move what is "
+            "none out of the folder"
+        )
+    warnings = []
+    if predictions.is_dir() and (unused := sorted(known.keys() - found.keys())):
+        warnings.append(f"{len(unused)} of {len(known)} references have no prediction and are left out: {_some(unused)}")
+    return {case: (found[case], known[case]) for case in sorted(found)}, warnings
+
+
+def _label_files(folder: Path, role: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DataError(f"there are no {role} at {folder}: expected a folder of label files, or one; check the path")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file() or image_suffix(path) is None:
+            continue
+        case = _case_name(path)
+        if case in files:
+            raise DataError(f"{folder} has case {case!r} twice, as {files[case].name} and {path.name}; remove one")
+        files[case] = path
+    if not files:
+        raise DataError(f"{folder}: expected {role} that end in {', '.join(SUFFIXES)}, found none; check the path")
+    return files
+
+
+def _case_name(path: Path) -> str:
+    return path.name[: -len(image_suffix(path) or "")] if image_suffix(path) else path.name
+
+
+def _class_values(references: Path) -> dict[str, int] | None:
+    """Value of each foreground class by ``dataset.json`` beside or in the folder of references; None without one."""
+    folder = references if references.is_dir() else references.parent
+    path = next((p for p in (folder.absolute().parent / "dataset.json", folder / "dataset.json") if p.is_file()), None)
+    if path is None:
+        return None
+    try:
+        labels = jsonlib.loads(path.read_text(encoding="utf-8"))["labels"]
+        if all(str(key).isdigit() for key in labels):  # the former form: number -> name
+            values = {str(name): int(value) for value, name in labels.items()}
+        else:
+            values = {str(name): int(value) for name, value in labels.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f'{path}: expected labels such as {{"background": 0, "heart": 1}}, one whole number a class; correct the file, '
+            "or move it away to have the classes named by their number"
+        ) from None
+    return {name: value for name, value in values.items() if value != 0}
+
+
+def _score(
+    prediction: Path, reference: Path, names: Mapping[str, int] | None, chosen: bool, units: Units, empty: Empty
+) -> _Score:
+    p, geometry_p = _read_labels(prediction)
+    r, geometry_r = _read_labels(reference)
+    if not same_geometry(geometry_p, geometry_r):
+        raise DataError(
+            f"prediction and reference must lie on one grid: {prediction} has {describe(geometry_p)}, {reference} has "
+            f"{describe(geometry_r)}; resample the prediction to the reference (nearest neighbour)"
+        )
+    boxes_p, boxes_r = _boxes(p), _boxes(r)
+    if names is None:
+        names = {str(value): value for value in sorted(boxes_p.keys() | boxes_r.keys())}
+    elif not chosen:
+        _check_values(prediction, boxes_p, names)
+        _check_values(reference, boxes_r, names)
+    spacing = geometry_r.spacing_mm if units == "mm" else (1.0, 1.0, 1.0)
+    metrics, reasons = {}, {}
+    for name, value in names.items():
+        box = _union(boxes_p.get(value), boxes_r.get(value))  # nothing outside of both masks matters
+        metrics[name] = binary_metrics(p[box] == value, r[box] == value, spacing, empty)
+        if (value in boxes_p) != (value in boxes_r):
+            reasons[name] = "empty reference" if value in boxes_p else "empty prediction"
+    return _Score(metrics, reasons)
+
+
+def _read_labels(path: Path) -> tuple[LabelMap, Geometry]:
+    array, geometry = read_image(path)
+    labels = array.astype(np.uint8)
+    if array.dtype != np.uint8 and not np.array_equal(labels, array):
+        example = float(array[labels != array].flat[0])
+        raise DataError(
+            f"{path}: expected whole class numbers from 0 to 255, got {example:g}; give a label file (a probability map must "
+            "be thresholded first)"
+        )
+    return labels, geometry
+
+
+Box = tuple[slice, ...]
+
+
+def _boxes(labels: LabelMap) -> dict[int, Box]:
+    return {value: box for value, box in enumerate(ndimage.find_objects(labels), 1) if box is not None}
+
+
+def _union(a: Box | None, b: Box | None) -> Box:
+    if a is None or b is None:
+        return a or b or (slice(0, 0),) * 3
+    return tuple(slice(min(i.start, j.start), max(i.stop, j.stop)) for i, j in zip(a, b, strict=True))
+
+
+def _check_values(path: Path, boxes: Mapping[int, Box], names: Mapping[str, int]) -> None:
+    if unknown := sorted(boxes.keys() - set(names.values())):
+        listing = ", ".join(f"{value} ({name})" for name, value in names.items())
+        raise DataError(
+            f"{path}: expected the classes of dataset.json, 0 (background), {listing}, found also {_some(unknown)}; "
+            "correct the file, or add the classes to dataset.json"
+        )
+
+
+def _summary(
+    scores: Mapping[str, _Score | DataError],
+    units: Units,
+    warnings: tuple[str, ...],
+    names: Mapping[str, int] | None,
+) -> EvaluationResult:
+    cases = {case: score.metrics for case, score in scores.items() if isinstance(score, _Score)}
+    if names is None:
+        # Values name themselves, so a class is known only once every case is read; absent from both files = both empty.
+        seen = sorted({name for classes in cases.values() for name in classes}, key=int)
+        nothing = np.zeros((1, 1, 1), dtype=bool)
+        absent = binary_metrics(nothing, nothing, (1, 1, 1))
+        cases = {case: {name: classes.get(name, dict(absent)) for name in seen} for case, classes in cases.items()}
+    failed: list[Failure] = []
+    for case, score in scores.items():
+        reasons = {None: str(score)} if isinstance(score, DataError) else score.empty
+        failed += [Failure(case, name, reason) for name, reason in reasons.items()]
+    return EvaluationResult(units, cases, mean_metrics(cases), tuple(failed), warnings)
+
+
+def _raise_for_broken(result: EvaluationResult, count: int) -> None:
+    broken = [failure for failure in result.failed if failure.class_name is None]
+    if broken:
+        listing = "\n".join(f"  {failure.case}: {failure.reason}" for failure in broken)
+        raise IncompleteEvaluation(
+            f"{len(broken)} of {count} cases could not be evaluated (the results of the others are kept):\n{listing}", result
+        )
+
+
+def _some(names: Iterable[object]) -> str:
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

@@ -1,0 +1,155 @@
+"""What a segmentation network is here, and how one is found by its name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from scarceseg.errors import ConfigError, near_matches
+from scarceseg.registry import Registry
+from scarceseg.types import ImageBatch, Logits
+
+
+class SegmentationNetwork(nn.Module, ABC):
+    """A patch ``[B, C, X, Y, Z]`` in, logits ``[B, K, X, Y, Z]`` of the same size out."""
+
+    @property
+    @abstractmethod
+    def divisor(self) -> tuple[int, int, int]:
+        """Each side of the input has to be a multiple of these numbers."""
+
+    @abstractmethod
+    def forward(self, image: ImageBatch) -> Logits:
+        """Logits of every voxel.
+
+        Raises:
+            ConfigError: a side is not a multiple of `divisor`.
+        """
+
+    def check_size(self, image: ImageBatch) -> None:
+        """Refuse a patch the network cannot halve often enough, and say which size would fit.
+
+        Raises:
+            ConfigError: not five axes, or a side that is not a multiple of `divisor`.
+        """
+        if image.ndim != 5:
+            raise ConfigError(
+                f"{type(self).__name__} expects a batch [B, C, X, Y, Z] (5 axes), got the shape {list(image.shape)}"
+            )
+        size = tuple(image.shape[2:])
+        fitting = tuple(-(-side // step) * step for side, step in zip(size, self.divisor, strict=True))
+        if size != fitting:
+            raise ConfigError(
+                f"{type(self).__name__} expects sides that are multiples of {_by(self.divisor)}, got {_by(size)}: "
+                f"pad the patch to {_by(fitting)}"
+            )
+
+
+class EncoderDecoder(SegmentationNetwork):
+    """A network in two halves. Methods that add decoders or disturb features work on the list between them."""
+
+    @abstractmethod
+    def encode(self, image: ImageBatch) -> list[torch.Tensor]:
+        """Features from fine to coarse; the first has the size of the input, the last is the bottleneck."""
+
+    @abstractmethod
+    def decode(self, features: list[torch.Tensor]) -> Logits:
+        """Logits from what `encode` returned."""
+
+    def forward(self, image: ImageBatch) -> Logits:
+        """``decode(encode(image))``."""
+        return self.decode(self.encode(image))
+
+
+def check_statistics(image: ImageBatch, divisor: tuple[int, int, int], normalization: str, training: bool) -> None:
+    """Refuse an input of which so little is left at the bottleneck that its normalisation has no statistics.
+
+    Raises:
+        ConfigError: one voxel per channel under instance norm, or per channel and batch under batch norm in training.
+    """
+    voxels = math.prod(side // step for side, step in zip(image.shape[2:], divisor, strict=True))
+    if (normalization == "instancenorm" and voxels == 1) or (
+        normalization == "batchnorm" and training and voxels * image.shape[0] == 1
+    ):
+        raise ConfigError(
+            f"a {'batch of one ' if normalization == 'batchnorm' else ''}patch of {_by(tuple(image.shape[2:]))} leaves a "
+            f"single voxel at the bottleneck, which {normalization} cannot normalise: "
+            f"take a patch with at least one side of {2 * divisor[0]}"
+        )
+
+
+NETWORKS: Registry[Callable[..., SegmentationNetwork]] = Registry("network", "scarceseg.networks")
+"""Networks by name. An entry is called with ``channels``, ``classes`` and the arguments of the config."""
+
+
+def build_network(
+    name: str, channels: int, classes: int, args: dict[str, Any] | None = None
+) -> SegmentationNetwork:
+    """A freshly initialised network.
+
+    Args:
+        name: an entry of `NETWORKS`, or a network of MONAI such as ``SegResNet`` or ``monai:UNet``.
+        channels: image channels C.
+        classes: classes K, with the background.
+        args: arguments of the network's own.
+
+    Raises:
+        ConfigError: unknown name (near matches are listed) or arguments the network does not take.
+    """
+    from scarceseg.networks import monai_net
+
+    if channels < 1 or classes < 2:
+        raise ConfigError(
+            f"a network needs at least 1 channel and 2 classes (background counts), got {channels} and {classes}"
+        )
+    args = dict(args or {})
+    known = NETWORKS.names()
+    if name in known:
+        return _call(name, NETWORKS.get(name), {"channels": channels, "classes": classes}, args)
+    plain = name.removeprefix(monai_net.PREFIX)
+    if monai_net.find(plain) is not None:
+        return monai_net.MonaiNetwork(plain, channels, classes, args)
+    if name.startswith(monai_net.PREFIX):
+        raise ConfigError(f"unknown MONAI network {plain!r}: {near_matches(plain, monai_net.NAMES)}")
+    raise ConfigError(f"unknown network {name!r}: {near_matches(name, [*known, *monai_net.NAMES])}")
+
+
+def keep_layout(features: torch.Tensor) -> torch.Tensor:
+    """Give the gradient of `features` the memory layout `features` has.
+
+    A 1x1x1 convolution to a few classes returns its gradient in the default layout even where everything before it is
+    channels-last; at full resolution the normalisation and ReLU below would then take PyTorch's slow mixed-layout path.
+    """
+    if features.requires_grad and features.is_contiguous(memory_format=torch.channels_last_3d):
+        features.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last_3d))
+    return features
+
+
+def divisor_of(name: str, args: dict[str, Any] | None = None) -> tuple[int, int, int]:
+    """`SegmentationNetwork.divisor` of a network, which is built on the meta device; random state is left as it was.
+
+    Raises:
+        ConfigError: as `build_network`.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_network(name, channels=1, classes=2, args=args).divisor
+
+
+def _call(
+    name: str, build: Callable[..., SegmentationNetwork], given: dict[str, Any], args: dict[str, Any]
+) -> SegmentationNetwork:
+    known = [key for key in inspect.signature(build).parameters if key not in given]
+    for key in args:
+        if key not in known:
+            raise ConfigError(f"the network {name!r} takes no argument {key!r}: {near_matches(key, known)}")
+    return build(**given, **args)
+
+
+def _by(sides: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in sides)

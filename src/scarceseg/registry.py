@@ -1,0 +1,72 @@
+"""Drop a file in the folder and it exists: named parts, found by importing every module of their package once."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from scarceseg.errors import ConfigError, near_matches
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names of one kind of part (method, network, foundation model ...).
+
+    Every module of `package` is imported at the first look-up; a module registers what it holds with the decorator
+    ``@registry.register("name")``. Packages of others join through the entry-point group of the same name as `package`.
+
+    Args:
+        kind: word for messages, such as "method".
+        package: dotted name of the folder.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._parts: dict[str, T] = {}
+        self._scanned = False
+
+    def register(self, *names: str) -> Callable[[T], T]:
+        """Decorator that enters a part under one or more names.
+
+        Raises:
+            ConfigError: a name is taken by another part.
+        """
+
+        def enter(part: T) -> T:
+            for name in names:
+                if self._parts.setdefault(name, part) is not part:
+                    raise ConfigError(f"{self.kind} {name!r} is registered twice: rename one of the two")
+            return part
+
+        return enter
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        folder = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(folder.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for point in entry_points(group=self.package):
+            point.load()
+
+    def names(self) -> list[str]:
+        """All known names, sorted."""
+        self._scan()
+        return sorted(self._parts)
+
+    def get(self, name: str) -> T:
+        """The part called `name`.
+
+        Raises:
+            ConfigError: unknown name; the message lists near matches.
+        """
+        self._scan()
+        if name not in self._parts:
+            raise ConfigError(f"unknown {self.kind} {name!r}: {near_matches(name, self._parts)}")
+        return self._parts[name]

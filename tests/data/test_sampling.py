@@ -1,0 +1,124 @@
+"""Patches: where they come from, that maps stay together, and that every batch can be made again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from scarceseg.data.sampling import PatchSampler, Source, crop, pad_to, turn
+
+
+def source(name: str, size: tuple[int, int, int], seed: int, labelled: bool = True) -> Source:
+    """The image holds each voxel's own index, so that a patch tells where it was cut; the label is made from it."""
+    index = np.arange(np.prod(size), dtype=np.float32).reshape(size) + 1 + 1e6 * seed
+    label = (index % 3).astype(np.uint8)
+    return Source(name, np.stack([index, -index]), label if labelled else None, {"pseudo": (index % 5).astype(np.uint8)})
+
+
+def sampler(**changes: object) -> PatchSampler:
+    settings: dict[str, object] = {
+        "labelled": [source("a", (13, 11, 9), 0), source("b", (8, 15, 7), 1), source("c", (5, 9, 12), 2)],
+        "unlabelled": [source(f"u{i}", (9 + i, 12, 10), 3 + i, labelled=False) for i in range(4)],
+        "patch": (8, 8, 6),
+        "batch_labelled": 2,
+        "batch_unlabelled": 3,
+        "seed": 7,
+    }
+    return PatchSampler(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_shapes_and_kinds() -> None:
+    labelled, unlabelled = sampler().batch(0)
+    assert labelled.image.shape == (2, 2, 8, 8, 6) and labelled.image.dtype == torch.float32
+    assert labelled.label.shape == (2, 8, 8, 6) and labelled.label.dtype == torch.int64
+    assert unlabelled is not None and unlabelled.image.shape == (3, 2, 8, 8, 6)
+    assert not hasattr(unlabelled, "label")
+
+
+def test_image_label_and_fields_stay_together() -> None:
+    made = sampler()
+    for t in range(12):
+        labelled, unlabelled = made.batch(t)
+        inside = labelled.image[:, 0] > 0  # padding is 0
+        index = labelled.image[:, 0].double()
+        assert torch.equal(labelled.label[inside], (index % 3).long()[inside])
+        assert torch.equal(labelled.image[:, 1], -labelled.image[:, 0])
+        assert unlabelled is not None
+        pseudo, index = unlabelled.fields["pseudo"], unlabelled.image[:, 0].double()
+        assert torch.equal(pseudo[index > 0].long(), (index % 5).long()[index > 0])
+
+
+def test_any_iteration_can_be_made_again() -> None:
+    streamed = list(sampler().batches(0, 9))
+    for t in (8, 3, 0):
+        again = sampler().batch(t)
+        assert torch.equal(again[0].image, streamed[t][0].image)
+        assert again[1] is not None and streamed[t][1] is not None
+        assert torch.equal(again[1].image, streamed[t][1].image)  # type: ignore[union-attr]
+    resumed = list(sampler().batches(5, 9))
+    assert torch.equal(resumed[0][0].label, streamed[5][0].label)
+    assert not torch.equal(sampler(seed=8).batch(0)[0].image, streamed[0][0].image)
+
+
+def test_every_case_is_visited_once_a_round() -> None:
+    made = sampler(batch_unlabelled=2)
+    for first in (0, 2, 4):
+        names = [name for t in (first, first + 1) for name in made.batch(t)[1].case]  # type: ignore[union-attr]
+        assert sorted(names) == ["u0", "u1", "u2", "u3"]
+
+
+def test_processes_share_the_global_batch() -> None:
+    whole = sampler(batch_labelled=2, batch_unlabelled=4)
+    halves = [sampler(batch_labelled=1, batch_unlabelled=2, rank=r, processes=2) for r in (0, 1)]
+    for t in range(3):
+        together = torch.cat([half.batch(t)[0].image for half in halves])
+        assert torch.equal(together, whole.batch(t)[0].image)
+
+
+def test_crops_cover_the_volume_and_stay_inside() -> None:
+    size, patch = (13, 12, 9), (8, 8, 6)
+    made = sampler(labelled=[source("a", size, 0)], augment=False, batch_labelled=1)
+    starts = set()
+    for t in range(300):
+        first = int(made.batch(t)[0].image[0, 0, 0, 0, 0]) - 1
+        starts.add(np.unravel_index(first, size))
+    for axis in range(3):
+        assert {int(s[axis]) for s in starts} == set(range(size[axis] - patch[axis] + 1))
+
+
+def test_foreground_share() -> None:
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[2, 3, 4] = 1
+    only = Source("a", np.zeros((1, 20, 20, 20), np.float32), label)
+    hits = {
+        share: sum(
+            int(sampler(labelled=[only], foreground=share, batch_labelled=1).batch(t)[0].label.sum()) for t in range(60)
+        )
+        for share in (0.0, 1.0)
+    }
+    assert hits[1.0] == 60
+    assert hits[0.0] < 40
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 6), (8, 6, 6)])
+def test_turns_keep_the_patch_shape(patch: tuple[int, int, int]) -> None:
+    made = sampler(patch=patch)
+    assert all(tuple(made.batch(t)[0].image.shape[2:]) == patch for t in range(20))
+
+
+def test_turn_is_in_the_slice_plane_and_flips_one_axis() -> None:
+    x = np.arange(24).reshape(2, 3, 4)
+    assert turn(x, 1, None).shape == (3, 2, 4)
+    assert np.array_equal(turn(x, 0, 0), x[::-1])
+    assert np.array_equal(turn(x, 0, 1), x[:, ::-1])
+    assert np.array_equal(turn(turn(x, 1, None), 3, None), x)
+
+
+def test_padding_is_centred_and_crop_is_a_view() -> None:
+    x = np.ones((2, 3, 4, 5))
+    padded = pad_to(x, (6, 4, 8))
+    assert padded.shape == (2, 6, 4, 8)
+    assert np.array_equal(padded[:, 1:4, :, 1:6], x)
+    assert padded.sum() == x.sum()
+    assert crop(padded, (1, 0, 1), (3, 4, 5)).base is not None

@@ -1,0 +1,237 @@
+"""A whole run: what it leaves, that it can be stopped at any moment, and that hidden labels stay hidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scarceseg.config import Config
+from scarceseg.engine import run as run_module
+from scarceseg.engine.run import train
+from scarceseg.errors import ConfigError, Interrupted, RunError
+from tests.tiny import tiny_config, tiny_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_contract_names(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, val=["case_04"], validate_every=3)
+    result = train(config, tmp_path / "run")
+    for name in (
+        "config.yaml plan.json split.json metrics.jsonl tensorboard checkpoints/last.pt model.safetensors model.json "
+        "stages.json environment.json evaluation.json validation/case_04.nii.gz report.html"
+    ).split():
+        assert (tmp_path / "run" / name).exists(), name
+    assert Config.load(tmp_path / "run" / "config.yaml") == config
+    assert result.evaluation is not None and list(result.evaluation["cases"]) == ["case_04"]
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split == {"labelled": ["case_00", "case_01"], "unlabelled": ["case_02", "case_03"], "val": ["case_04"]}
+    entries = lines(tmp_path / "run")
+    assert [e["iteration"] for e in entries if e["stage"] == "train"] == list(range(6))
+    assert [e["iteration"] for e in entries if e["stage"] == "validation"] == [3, 6]
+    for entry in entries:
+        if entry["stage"] == "train":
+            total = sum(entry[f"weight/{t}"] * entry[f"loss/{t}"] for t in ("supervised", "mean-teacher"))
+            assert entry["loss"] == pytest.approx(total, rel=1e-5)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_the_same_seed_gives_the_same_weights(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny_config(data, seed=seed, iterations=3), tmp_path / name)
+    assert same(tmp_path / "a", tmp_path / "b")
+    assert not same(tmp_path / "a", tmp_path / "c")
+
+
+def test_training_changes_the_weights_and_lowers_the_loss(data: Path, tmp_path: Path) -> None:
+    train(tiny_config(data, method="supervised", iterations=40), tmp_path / "run")
+    losses = [e["loss"] for e in lines(tmp_path / "run")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("method", ["mean-teacher", "ua-mt"])
+def test_stopped_and_resumed_is_bit_for_bit_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    config = tiny_config(data, method=method)
+    train(config, tmp_path / "whole")
+    original = run_module.Loop.__init__
+
+    def stop_after_two(self: run_module.Loop, task: run_module.LoopTask, *rest: object) -> None:
+        count = iter(range(100))
+        original(self, task, *rest[:2], lambda: next(count) == 1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module.Loop, "__init__", stop_after_two)
+    with pytest.raises(Interrupted, match="after iteration 2 of 6"):
+        train(config, tmp_path / "cut")
+    monkeypatch.setattr(run_module.Loop, "__init__", original)
+    train(config, tmp_path / "cut", resume=True)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    kept = [(e["iteration"], e["loss"]) for e in lines(tmp_path / "cut")]
+    assert kept == [(e["iteration"], e["loss"]) for e in lines(tmp_path / "whole")]
+
+
+def start(data: Path, out: Path, cache: Path, iterations: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "scarceseg.cli", "train", str(data), "--out", str(out), "--resume"]
+    command += ["--method", "mean-teacher", "--labeled", "2", "--patch", "16,16,16", "--spacing", "1"]
+    command += ["--iterations", str(iterations), "--precision", "fp32", "--device", "cpu"]
+    for setting in ("network.args.n_filters=1", "memory_format=contiguous", "checkpoint_every=1", "log_every=1"):
+        command += ["--set", setting]
+    environment = os.environ | {"SCARCESEG_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_kill_9_at_random_moments(data: Path, tmp_path: Path) -> None:
+    """Ten kills: some while it starts, most in the middle of training and of writing checkpoints."""
+    iterations = 60
+    out, cache = tmp_path / "killed", tmp_path / "cache"
+    draw = random.Random(3)
+    kills = 0
+    for _ in range(10):
+        process = start(data, out, cache, iterations)
+        log = out / "metrics.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.stat().st_mtime_ns > before and log.stat().st_size:
+                break
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        for left in out.rglob("*.json"):
+            json.loads(left.read_text())  # whole or not there
+    last = start(data, out, cache, iterations)
+    assert last.wait(timeout=300) == 0
+    assert kills >= 5
+    whole = start(data, tmp_path / "whole", cache, iterations)
+    assert whole.wait(timeout=300) == 0
+    assert same(out, tmp_path / "whole")
+    assert [e["iteration"] for e in lines(out)] == list(range(iterations))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
+    process = start(data, tmp_path / "run", tmp_path / "cache", 100000)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["iteration"] == lines(tmp_path / "run")[-1]["iteration"] + 1
+
+
+def test_hidden_labels_are_never_opened(tmp_path: Path) -> None:
+    """With garbage in the place of every label the run must not read, it gives the very same weights and predictions."""
+    results = []
+    for name in ("clean", "garbage"):
+        folder = tiny_dataset(tmp_path / name)
+        if name == "garbage":
+            for case in ("case_02", "case_03", "case_04"):
+                (folder / "labelsTr" / f"{case}.nii.gz").write_bytes(b"not an image")
+        config = tiny_config(folder, labeled=2, foreground=0.5)
+        train(config, tmp_path / f"run_{name}", cache=tmp_path / f"cache_{name}")
+        results.append(tmp_path / f"run_{name}")
+    assert same(*results)
+
+
+def test_validation_labels_are_opened_by_validation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_dataset(tmp_path / "data")
+    (folder / "labelsTr" / "case_04.nii.gz").write_bytes(b"not an image")
+    config = tiny_config(folder, val=["case_04"])
+    with pytest.raises(Exception, match="case_04"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").exists(), "training itself does not need validation labels"
+
+
+def test_run_folders_are_never_overwritten(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, iterations=1)
+    train(config, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    with pytest.raises(RunError, match="--resume"):
+        train(config, tmp_path / "run")
+    with pytest.raises(RunError, match="iterations: 1 then, 2 now"):
+        train(tiny_config(data, iterations=2), tmp_path / "run", resume=True)
+    train(config, tmp_path / "run", resume=True)
+    assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "run").items())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="choose another --out"):
+        train(config, tmp_path / "other")
+
+
+def test_a_dataset_that_changed_is_not_resumed(tmp_path: Path) -> None:
+    folder = tiny_dataset(tmp_path / "data")
+    train(tiny_config(folder, iterations=1), tmp_path / "run")
+    next((folder / "imagesTr").glob("case_03*")).unlink()
+    (folder / "labelsTr" / "case_03.nii.gz").unlink()
+    with pytest.raises(RunError, match="not those the run"):
+        train(tiny_config(folder, iterations=1), tmp_path / "run", resume=True)
+
+
+def test_without_unlabelled_cases_it_warns_and_trains_supervised(tmp_path: Path) -> None:
+    folder = tiny_dataset(tmp_path / "data", cases=2)
+    result = train(tiny_config(folder, iterations=2), tmp_path / "run")
+    assert any("supervised" in warning for warning in result.warnings)
+    assert "loss/mean-teacher" not in lines(tmp_path / "run")[0]
+
+
+def test_best_checkpoint_needs_validation_cases(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--val"):
+        train(tiny_config(data, select="best"), tmp_path / "run")
+    train(tiny_config(data, select="best", val=["case_04"], validate_every=2), tmp_path / "best")
+    record = json.loads((tmp_path / "best" / "checkpoints" / "best.json").read_text())
+    scores = {e["iteration"]: e["dice/box1"] for e in lines(tmp_path / "best") if e["stage"] == "validation"}
+    assert record["dice"] == pytest.approx(max(scores.values()))
+    assert scores[record["iteration"]] == pytest.approx(record["dice"])
+
+
+def test_a_damaged_checkpoint_is_told(data: Path, tmp_path: Path) -> None:
+    train(tiny_config(data, iterations=2), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "last.pt").write_bytes(b"broken")
+    with pytest.raises(RunError, match="cannot read the checkpoint"):
+        train(tiny_config(data, iterations=2), tmp_path / "run", resume=True)
+
+
+def test_unwritable_output(data: Path, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        train(tiny_config(data), blocker / "run")
+
+
+def test_several_classes_and_channels(tmp_path: Path) -> None:
+    folder = tiny_dataset(tmp_path / "data", classes=4, channels=2)
+    result = train(tiny_config(folder, val=["case_04"], iterations=2, method="ua-mt"), tmp_path / "run")
+    assert result.evaluation is not None
+    assert list(result.evaluation["cases"]["case_04"]) == ["box1", "box2", "box3"]

@@ -1,0 +1,50 @@
+"""Names, arguments and sizes: what a user can get wrong is told in one message."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scarceseg.errors import ConfigError
+from scarceseg.networks import NETWORKS, build_network, divisor_of
+
+
+def test_known_names() -> None:
+    assert {"vnet", "unet3d"} <= set(NETWORKS.names())
+
+
+@pytest.mark.parametrize(("name", "near"), [("v-net", "'vnet'"), ("SegResnet", "'SegResNet'"), ("monai:Unet3", "'UNet'")])
+def test_an_unknown_name_lists_near_ones(name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match="unknown") as caught:
+        build_network(name, 1, 2)
+    assert near in str(caught.value)
+
+
+def test_an_unknown_argument_lists_near_ones() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'n_filters'"):
+        build_network("vnet", 1, 2, {"n_filter": 8})
+
+
+@pytest.mark.parametrize("key", ["channels", "classes"])
+def test_arguments_that_come_from_the_dataset_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        build_network("vnet", 1, 2, {key: 3})
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(0, 2), (1, 1)])
+def test_too_few_channels_or_classes(channels: int, classes: int) -> None:
+    with pytest.raises(ConfigError, match="2 classes"):
+        build_network("vnet", channels, classes)
+
+
+def test_a_shape_without_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="5 axes"):
+        build_network("vnet", 1, 2, {"n_filters": 1})(torch.zeros(1, 16, 16, 16))
+
+
+def test_divisor_of_builds_nothing_and_leaves_the_random_state() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert divisor_of("vnet", {"n_filters": 16}) == (16, 16, 16)
+    assert divisor_of("monai:UNet", {"channels": [4, 8, 8], "strides": [2, 2]}) == (4, 4, 4)
+    assert torch.equal(before, torch.get_rng_state())
