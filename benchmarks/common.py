@@ -30,7 +30,12 @@ def code_hash(parts: tuple[str, ...] = TRAINING) -> str:
             tree = ast.parse(file.read_text())
             for node in ast.walk(tree):
                 body = getattr(node, "body", None)
-                if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                if (
+                    isinstance(body, list)
+                    and body
+                    and isinstance(body[0], ast.Expr)
+                    and isinstance(body[0].value, ast.Constant)
+                ):
                     body[0].value.value = ""
             digest.update(f"{file.relative_to(PACKAGE)}\n{ast.dump(tree)}".encode())
     return digest.hexdigest()[:16]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from common import provenance, save
-
 from scarceseg import Config, train
 from scarceseg.errors import ScarceSegError
 

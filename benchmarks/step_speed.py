@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from common import provenance, save
 
+from common import provenance, save
 from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import build_optimizer, place, train_step
 from scarceseg.engine.selftest import to_memory_format
@@ -23,7 +23,9 @@ from scarceseg.networks import build_network
 from scarceseg.types import Labelled, Unlabelled
 
 
-def seconds(method: str, patch: tuple[int, ...], precision: str, layout: str, repeats: int, device: torch.device) -> float:
+def seconds(
+    method: str, patch: tuple[int, ...], precision: str, layout: str, repeats: int, device: torch.device
+) -> float:
     """Best time of one step after a warm-up step."""
     torch.manual_seed(0)
     student = to_memory_format(build_network("vnet", 1, 2).to(device), layout)

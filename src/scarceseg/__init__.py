@@ -3,8 +3,9 @@
 The flow, and the folders that show it::
 
     volumes -> data -> Step --> networks (student) -> logits --+
-                         |                                      +-> methods (terms) -> engine -> run folder -> inference -> evaluation -> report
-                         +----> foundation -> probability ------+
+                         |                                     +-> methods (terms) -> engine -> run folder
+                         +----> foundation -> probability -----+                                   |
+                                                        report <- evaluation <- inference <--------+
 
 `data` turns files into patches, `networks` patches into logits, `methods` a step into a sum of losses, `engine` runs
 the one loop and leaves a run folder, `inference` writes masks in the geometry of their input, `evaluation` measures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -24,11 +24,11 @@ app.add_typer(datasets_app, name="datasets")
 # Optional[...] and not `| None`: Typer evaluates the annotations.
 DatasetArg = Annotated[Path, typer.Argument(help="Folder in nnU-Net raw layout (dataset.json, imagesTr, labelsTr).")]
 LabeledOpt = Annotated[
-    Optional[str], typer.Option(help="Number of labelled cases kept (first by name), or their names a,b,c.")
+    str | None, typer.Option(help="Number of labelled cases kept (first by name), or their names a,b,c.")
 ]
-ValOpt = Annotated[Optional[str], typer.Option(help="Validation cases: names or patterns such as 'la_06[4-9],la_07*'.")]
-SpacingOpt = Annotated[Optional[str], typer.Option(help="Voxel spacing in mm: one number, or X,Y,Z.")]
-PatchOpt = Annotated[Optional[str], typer.Option(help="Patch in voxels: X,Y,Z.")]
+ValOpt = Annotated[str | None, typer.Option(help="Validation cases: names or patterns such as 'la_06[4-9],la_07*'.")]
+SpacingOpt = Annotated[str | None, typer.Option(help="Voxel spacing in mm: one number, or X,Y,Z.")]
+PatchOpt = Annotated[str | None, typer.Option(help="Patch in voxels: X,Y,Z.")]
 
 
 def _version(asked: bool) -> None:
@@ -64,7 +64,7 @@ def plan(
     dataset: DatasetArg,
     labeled: LabeledOpt = None,
     val: ValOpt = None,
-    network: Annotated[Optional[str], typer.Option(help="Network the patch has to fit.")] = None,
+    network: Annotated[str | None, typer.Option(help="Network the patch has to fit.")] = None,
     spacing: SpacingOpt = None,
     patch: PatchOpt = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -72,30 +72,32 @@ def plan(
     """Show what training on a dataset would use: spacing, patch, memory, and warnings about the data."""
     from scarceseg.data.show import plan_dataset, print_plan
 
-    made = plan_dataset(_config(dataset=dataset, labeled=labeled, val=val, network=network, spacing=spacing, patch=patch))
+    made = plan_dataset(
+        _config(dataset=dataset, labeled=labeled, val=val, network=network, spacing=spacing, patch=patch)
+    )
     typer.echo(made.model_dump_json(indent=1)) if json else print_plan(made)
 
 
 @app.command()
 def train(
     dataset: Annotated[
-        Optional[Path], typer.Argument(help="Folder in nnU-Net raw layout; may be left out with --resume.")
+        Path | None, typer.Argument(help="Folder in nnU-Net raw layout; may be left out with --resume.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder to make, or to go on with.")] = ...,  # type: ignore[assignment]
-    method: Annotated[Optional[str], typer.Option(help="Terms joined by '+', such as mean-teacher.")] = None,
-    recipe: Annotated[Optional[str], typer.Option(help="Recipe name or YAML file; flags given here win.")] = None,
+    method: Annotated[str | None, typer.Option(help="Terms joined by '+', such as mean-teacher.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; flags given here win.")] = None,
     labeled: LabeledOpt = None,
     val: ValOpt = None,
-    network: Annotated[Optional[str], typer.Option(help="vnet, unet3d, or any MONAI network.")] = None,
-    foundation: Annotated[Optional[str], typer.Option(help="Foundation model, for methods that use one.")] = None,
+    network: Annotated[str | None, typer.Option(help="vnet, unet3d, or any MONAI network.")] = None,
+    foundation: Annotated[str | None, typer.Option(help="Foundation model, for methods that use one.")] = None,
     spacing: SpacingOpt = None,
     patch: PatchOpt = None,
-    iterations: Annotated[Optional[int], typer.Option(help="Training iterations.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of all randomness.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda.")] = None,
-    precision: Annotated[Optional[str], typer.Option(help="auto, fp32 or bf16.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Training iterations.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     set_: Annotated[
-        Optional[list[str]], typer.Option("--set", help="Any setting of the config, KEY=VALUE, such as optim.lr=0.005.")
+        list[str] | None, typer.Option("--set", help="Any setting of the config, KEY=VALUE, such as optim.lr=0.005.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
 ) -> None:
@@ -162,10 +164,12 @@ def predict(
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of masks, or one mask.")],
     references: Annotated[Path, typer.Argument(help="Folder of reference masks, or one.")],
-    json: Annotated[Optional[Path], typer.Option(help="Write the results here as JSON.")] = None,
-    csv: Annotated[Optional[Path], typer.Option(help="Write one row a case and class here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row a case and class here.")] = None,
     units: Annotated[str, typer.Option(help="Unit of distances: mm or voxel.")] = "mm",
-    empty: Annotated[str, typer.Option(help="Distance of an empty mask: nan, or zero as published LA code has it.")] = "nan",
+    empty: Annotated[
+        str, typer.Option(help="Distance of an empty mask: nan, or zero as published LA code has it.")
+    ] = "nan",
 ) -> None:
     """Dice, Jaccard, ASD, ASSD and HD95 of every case and class."""
     from scarceseg.evaluation.evaluate import evaluate as evaluate_files
@@ -214,7 +218,9 @@ def datasets_convert(
     typer.echo(f"dataset: {convert_dataset(name, src, dst)}")
 
 
-def _config(recipe: str | None = None, saved: Path | None = None, assignments: list[str] | None = None, **flags: Any) -> Any:
+def _config(
+    recipe: str | None = None, saved: Path | None = None, assignments: list[str] | None = None, **flags: Any
+) -> Any:
     from scarceseg.settings import config_from_flags
 
     return config_from_flags(recipe, saved, assignments or [], flags)

@@ -176,7 +176,9 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown setting {key!r}: {near_matches(str(item['loc'][-1]), _keys(model, item['loc'][:-1]))}")
+            problems.append(
+                f"unknown setting {key!r}: {near_matches(str(item['loc'][-1]), _keys(model, item['loc'][:-1]))}"
+            )
         else:
             problems.append(f"{key}: {item['msg'].lower()}, got {item['input']!r}")
     return "; ".join(problems)

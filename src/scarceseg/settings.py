@@ -31,7 +31,9 @@ def config_from_flags(recipe: str | None, saved: Path | None, assignments: list[
     for text in assignments:
         values = merge(values, _assignment(text))
     if not values.get("dataset"):
-        raise ConfigError("no dataset given: name a folder in nnU-Net raw layout, as in 'scarceseg train DATASET --out RUN'")
+        raise ConfigError(
+            "no dataset given: name a folder in nnU-Net raw layout, as in 'scarceseg train DATASET --out RUN'"
+        )
     values["val"] = _patterns(values.get("val", []), Path(str(values["dataset"])))
     return Config.build(values, source="settings")
 
@@ -61,7 +63,7 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str, flag: str, kind: type[int] | type[float]) -> list[Any]:
+def _numbers(text: str, flag: str, kind: type[int | float]) -> list[Any]:
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:
@@ -97,6 +99,8 @@ def _patterns(names: list[str], dataset: Path) -> list[str]:
     for name in map(str, names):
         matches = [case for case in cases if fnmatchcase(case, name)] if any(c in name for c in "*?[") else [name]
         if not matches:
-            raise ConfigError(f"--val: no case matches {name!r}; the dataset has {len(cases)} cases, the first is {cases[0]!r}")
+            raise ConfigError(
+                f"--val: no case matches {name!r}; the dataset has {len(cases)} cases, the first is {cases[0]!r}"
+            )
         found += [match for match in matches if match not in found]
     return found

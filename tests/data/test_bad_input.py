@@ -16,7 +16,7 @@ from scarceseg.data.dataset import load_dataset, make_split
 from scarceseg.data.images import read_image, read_label, read_volume, write_image
 from scarceseg.data.prepare import prepare_cases
 from scarceseg.errors import DataError
-from tests.data.volumes import OBLIQUE, grid, planned, smooth, write_dataset, write_facts
+from tests.data.volumes import OBLIQUE, Array, grid, planned, smooth, write_dataset, write_facts
 
 GRID = grid((6, 5, 4))
 
@@ -37,7 +37,7 @@ def test_no_unlabelled_case_is_a_warning(tmp_path: Path) -> None:
 def test_label_on_another_grid(tmp_path: Path) -> None:
     path = tmp_path / "l.nii.gz"
     write_image(np.zeros((6, 5, 3), np.uint8), grid((6, 5, 3)), path)
-    with pytest.raises(DataError, match="size 6x5x3.*size 6x5x4"):
+    with pytest.raises(DataError, match=r"size 6x5x3.*size 6x5x4"):
         read_label(path, range(2), GRID)
     for other in (
         grid(GRID.size, spacing_mm=(1, 1, 1.01)),
@@ -58,7 +58,7 @@ def test_channels_on_different_grids(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 7), (np.int16, -1), (np.float32, 300.0)])
 def test_label_values_outside_the_classes(tmp_path: Path, dtype: type, value: float) -> None:
-    label = np.zeros(GRID.size, dtype)
+    label: Array = np.zeros(GRID.size, dtype)
     label[:2, 0, 0] = value
     write_image(label, GRID, tmp_path / "l.nii.gz")
     with pytest.raises(DataError, match=rf"\[0, 1\] of dataset.json, found also {value:g} \(2 voxels\)"):

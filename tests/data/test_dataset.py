@@ -102,7 +102,7 @@ def test_impossible_number_of_labels(tmp_path: Path, number: int) -> None:
 
 def test_wrong_names(tmp_path: Path) -> None:
     dataset = load_dataset(_listing(tmp_path))
-    with pytest.raises(ConfigError, match="no case 'c9'.*did you mean"):
+    with pytest.raises(ConfigError, match=r"no case 'c9'.*did you mean"):
         make_split(dataset, ["c9"], [])
     with pytest.raises(ConfigError, match="val: there is no case"):
         make_split(dataset, 1, ["nope"])

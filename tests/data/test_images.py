@@ -13,7 +13,7 @@ import pytest
 from scarceseg.data.geometry import same_geometry
 from scarceseg.data.images import list_images, output_suffix, read_image, read_label, read_volume, write_image
 from scarceseg.errors import DataError, RunError
-from tests.data.volumes import OBLIQUE, RAS, SAGITTAL, TILTED, grid, smooth, write_dicom
+from tests.data.volumes import OBLIQUE, RAS, SAGITTAL, TILTED, Array, grid, smooth, write_dicom
 
 DIRECTIONS = [RAS, OBLIQUE, SAGITTAL, TILTED]
 
@@ -33,7 +33,7 @@ def test_write_and_read_keep_values_and_place(tmp_path: Path, suffix: str, direc
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.bool_])
 def test_write_keeps_type(tmp_path: Path, dtype: type) -> None:
     geometry = grid((4, 3, 5))
-    array = (smooth(geometry.size) > 100).astype(dtype)
+    array: Array = (smooth(geometry.size) > 100).astype(dtype)
     write_image(array, geometry, tmp_path / "x.nii.gz")
     back, _ = read_image(tmp_path / "x.nii.gz")
     np.testing.assert_array_equal(back, array)
@@ -136,20 +136,22 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 array = np.random.default_rng(0).random((20, 20, 20))
 geometry = Geometry((20, 20, 20), (1.0,) * 3, (0.0,) * 3, (1.0, 0, 0, 0, 1, 0, 0, 0, 1))
-try:
-    write_image(array, geometry, Path(sys.argv[1]))
-except RunError as error:
-    print(error)
+for path in sys.argv[1:]:
+    try:
+        write_image(array, geometry, Path(path))
+    except RunError as error:
+        print(error)
 """
     if sys.platform == "win32":
         pytest.skip("a file-size limit is not available")
-    for suffix in (".nii.gz", ".nii", ".nrrd", ".mha"):
-        path = tmp_path / f"x{suffix}"
+    paths = [tmp_path / f"x{suffix}" for suffix in (".nii.gz", ".nii", ".nrrd", ".mha")]
+    for path in paths:
         path.write_text("old")
-        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-        assert f"cannot write {path}" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True)
+    for path in paths:
+        assert f"cannot write {path} (" in done.stdout
         assert path.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 4
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_unwritable_places(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ def source(name: str, size: tuple[int, int, int], seed: int, labelled: bool = Tr
     """The image holds each voxel's own index, so that a patch tells where it was cut; the label is made from it."""
     index = np.arange(np.prod(size), dtype=np.float32).reshape(size) + 1 + 1e6 * seed
     label = (index % 3).astype(np.uint8)
-    return Source(name, np.stack([index, -index]), label if labelled else None, {"pseudo": (index % 5).astype(np.uint8)})
+    return Source(
+        name, np.stack([index, -index]), label if labelled else None, {"pseudo": (index % 5).astype(np.uint8)}
+    )
 
 
 def sampler(**changes: object) -> PatchSampler:

@@ -44,10 +44,21 @@ def lines(run: Path) -> list[dict[str, float]]:
 def test_a_run_leaves_what_the_contract_names(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, val=["case_04"], validate_every=3)
     result = train(config, tmp_path / "run")
-    for name in (
-        "config.yaml plan.json split.json metrics.jsonl tensorboard checkpoints/last.pt model.safetensors model.json "
-        "stages.json environment.json evaluation.json validation/case_04.nii.gz report.html"
-    ).split():
+    for name in [
+        "config.yaml",
+        "plan.json",
+        "split.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints/last.pt",
+        "model.safetensors",
+        "model.json",
+        "stages.json",
+        "environment.json",
+        "evaluation.json",
+        "validation/case_04.nii.gz",
+        "report.html",
+    ]:
         assert (tmp_path / "run" / name).exists(), name
     assert Config.load(tmp_path / "run" / "config.yaml") == config
     assert result.evaluation is not None and list(result.evaluation["cases"]) == ["case_04"]

@@ -69,9 +69,7 @@ def test_two_steps(shared: Path, case: str) -> None:
         optimizer.param_groups[0]["lr"] = float(data["lr"][k])
         x, y = torch.from_numpy(data[f"x_{k}"]), torch.from_numpy(data[f"y_{k}"]).long()
         batch = (Labelled(x[:rows], y[:rows], ("a",) * rows), Unlabelled(x[rows:], ("b",) * (len(x) - rows)))
-        report = train_step(
-            student, student, terms, optimizer, batch, t, config["max_iterations"], torch.Generator()
-        )
+        report = train_step(student, student, terms, optimizer, batch, t, config["max_iterations"], torch.Generator())
         assert float(report["loss"]) == pytest.approx(data["loss"][k], rel=1e-5)
         assert float(report["loss/supervised"]) == pytest.approx(data["loss_sup"][k], rel=1e-5)
         assert float(report[f"loss/{method}"]) == pytest.approx(data["consistency_dist"][k], rel=1e-4)
@@ -79,4 +77,4 @@ def test_two_steps(shared: Path, case: str) -> None:
     for network, name in ((student, "student"), (teacher_term.teacher.network, "teacher")):
         expected = load_file(folder / f"{case}_{name}_after.safetensors")
         for key, value in network.state_dict().items():
-            torch.testing.assert_close(value, expected[key], atol=3e-4, rtol=0, msg=lambda m, k=key: f"{name} {k}: {m}")
+            torch.testing.assert_close(value, expected[key], atol=3e-4, rtol=0, msg=f"{name} {key}")

@@ -13,7 +13,9 @@ def test_known_names() -> None:
     assert {"vnet", "unet3d"} <= set(NETWORKS.names())
 
 
-@pytest.mark.parametrize(("name", "near"), [("v-net", "'vnet'"), ("SegResnet", "'SegResNet'"), ("monai:Unet3", "'UNet'")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("v-net", "'vnet'"), ("SegResnet", "'SegResNet'"), ("monai:Unet3", "'UNet'")]
+)
 def test_an_unknown_name_lists_near_ones(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match="unknown") as caught:
         build_network(name, 1, 2)

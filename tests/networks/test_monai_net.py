@@ -24,7 +24,12 @@ def test_the_prefix_tells_two_networks_of_one_name_apart() -> None:
 
 
 def test_the_divisor_follows_the_arguments_axis_by_axis() -> None:
-    flat = {"kernel_size": [3, 3, 3], "strides": [1, [2, 2, 1], 2], "upsample_kernel_size": [[2, 2, 1], 2], "filters": [4, 8, 8]}
+    flat = {
+        "kernel_size": [3, 3, 3],
+        "strides": [1, [2, 2, 1], 2],
+        "upsample_kernel_size": [[2, 2, 1], 2],
+        "filters": [4, 8, 8],
+    }
     network = build_network("DynUNet", 1, 2, flat)
     assert network.divisor == (4, 4, 2)
     assert network.eval()(torch.randn(1, 1, 12, 8, 6)).shape == (1, 2, 12, 8, 6)

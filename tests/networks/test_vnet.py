@@ -54,7 +54,9 @@ def test_training_logits_and_running_statistics_are_the_published_ones(shared: P
     after = load_file(shared / "conformance" / "vnet" / f"{case}_bn_after.safetensors")
     assert buffers.keys() == after.keys()
     for key, value in after.items():
-        torch.testing.assert_close(buffers[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            buffers[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_layout_is_the_published_one(shared: Path) -> None:

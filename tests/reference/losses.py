@@ -16,7 +16,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
     """Mean of -ln p(label) over voxels that are not 255."""
     p = softmax(logits.astype(np.float64))
-    terms = [-math.log(p[b, label[b, *v], *v]) for b in range(len(label)) for v in np.ndindex(label[b].shape) if label[b, *v] != 255]
+    terms = [
+        -math.log(p[(b, label[(b, *v)], *v)])
+        for b in range(len(label))
+        for v in np.ndindex(label[b].shape)
+        if label[(b, *v)] != 255
+    ]
     return sum(terms) / len(terms)
 
 
@@ -28,11 +33,11 @@ def dice_loss(logits: np.ndarray, label: np.ndarray, background: bool, smooth: f
         pg = pp = g = 0.0
         for b in range(len(label)):
             for v in np.ndindex(label[b].shape):
-                if label[b, *v] == 255:
+                if label[(b, *v)] == 255:
                     continue
-                hit = float(label[b, *v] == c)
-                pg += p[b, c, *v] * hit
-                pp += p[b, c, *v] ** 2
+                hit = float(label[(b, *v)] == c)
+                pg += p[(b, c, *v)] * hit
+                pp += p[(b, c, *v)] ** 2
                 g += hit
         losses.append(1 - (2 * pg + smooth) / (pp + g + smooth))
     return sum(losses) / len(losses)
@@ -53,8 +58,8 @@ def ua_mt(student: np.ndarray, teacher: np.ndarray, passes: list[np.ndarray], t:
     summed, count = 0.0, 0
     for b in range(len(p)):
         for v in np.ndindex(p.shape[2:]):
-            h = -sum(mean[b, c, *v] * math.log(mean[b, c, *v] + 1e-6) for c in range(classes))
+            h = -sum(mean[(b, c, *v)] * math.log(mean[(b, c, *v)] + 1e-6) for c in range(classes))
             if h < threshold:
                 count += 1
-                summed += sum((p[b, c, *v] - q[b, c, *v]) ** 2 for c in range(classes))
+                summed += sum((p[(b, c, *v)] - q[(b, c, *v)]) ** 2 for c in range(classes))
     return summed / (classes * count + 1e-16)

@@ -9,7 +9,7 @@ import numpy as np
 
 def surface_points(mask: np.ndarray) -> list[tuple[int, ...]]:
     """Voxels of the mask with a face neighbour that is background or outside of the array."""
-    points = []
+    points: list[tuple[int, ...]] = []
     for voxel in np.ndindex(mask.shape):
         if not mask[voxel]:
             continue

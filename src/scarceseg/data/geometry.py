@@ -139,7 +139,12 @@ def resample(array: Array, source: Geometry, target: Geometry, *, nearest: bool 
     Returns:
         ``[X', Y', Z']`` of ``target.size``; float32, or the input's type for `nearest`.
     """
-    image = to_sitk(array, source)
+    # The library's own extrapolation is nearest-neighbour along all three axes. A rim of copied border voxels keeps it
+    # linear along the border, and reaches as far as two grids over the same box can differ.
+    framed = np.pad(array, 1, mode="edge")
+    sx, sy, sz = array.shape
+    rim = Geometry((sx + 2, sy + 2, sz + 2), source.spacing_mm, to_world(source, (-1, -1, -1)), source.direction)
+    image = to_sitk(framed, rim)
     moved = sitk.Resample(
         image,
         target.size,
@@ -150,7 +155,7 @@ def resample(array: Array, source: Geometry, target: Geometry, *, nearest: bool 
         target.direction,
         0.0,
         image.GetPixelID() if nearest else sitk.sitkFloat32,
-        True,  # nearest-neighbour extrapolation
+        True,  # nearest-neighbour extrapolation further out
     )
     return sitk.GetArrayFromImage(moved).transpose(2, 1, 0)
 

@@ -50,7 +50,8 @@ def pad_to(array: Array, patch: Sequence[int]) -> Array:
 def crop(array: Array, start: Sequence[int], patch: Sequence[int]) -> Array:
     """The block of size `patch` at voxel `start` of the last three axes (a view)."""
     box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
-    return array[(..., *box)]
+    index: Any = (..., *box)
+    return array[index]
 
 
 def turn(array: Array, quarter_turns: int, flip_axis: int | None) -> Array:

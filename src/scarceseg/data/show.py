@@ -28,9 +28,11 @@ def plan_dataset(config: Config) -> Plan:
 def print_plan(plan: Plan) -> None:
     """Show a plan as a table, its warnings below."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in plan.model_dump(exclude={"warnings", "normalisation", "code_version"}).items():
+    for key, value in plan.model_dump(exclude={"warnings", "normalisation", "version"}).items():
         shown = " x ".join(f"{v:g}" for v in value) if isinstance(value, tuple) and _numbers(value) else value
-        table.add_row(key.replace("_", " "), ", ".join(map(str, shown)) if isinstance(shown, tuple | list) else str(shown))
+        table.add_row(
+            key.replace("_", " "), ", ".join(map(str, shown)) if isinstance(shown, tuple | list) else str(shown)
+        )
     for channel, rule in zip(plan.channels, plan.normalisation, strict=True):
         table.add_row(f"intensities of {channel}", str(rule.kind))
     console = Console()

@@ -32,7 +32,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError.
-        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}; free the disk or choose another --out") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"cannot write {path}: {reason}; free the disk or choose another --out") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -40,7 +41,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Atomic write of a small text file."""
-    write_atomic(path, lambda file: file.write_text(text) and None)
+
+    def write(file: Path) -> None:
+        file.write_text(text)
+
+    write_atomic(path, write)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -58,8 +63,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}: train first, or check the path") from None
-    except Exception as error:
-        raise RunError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; delete it to go on from the start") from None
+    except Exception as error:  # on damaged bytes torch.load fails in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"cannot read the checkpoint {path}: {reason}; delete it to start again") from None
     return state
 
 

@@ -32,7 +32,14 @@ class Display:
         self._bar: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+            columns = (
+                "{task.description}",
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                "left",
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
             self._task = self._bar.add_task(title, total=total, completed=start, note="")
 

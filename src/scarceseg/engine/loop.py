@@ -149,7 +149,9 @@ def train_step(
     return report
 
 
-def place(batch: tuple[Labelled, Unlabelled | None], device: torch.device, memory_format: str) -> tuple[Labelled, Unlabelled | None]:
+def place(
+    batch: tuple[Labelled, Unlabelled | None], device: torch.device, memory_format: str
+) -> tuple[Labelled, Unlabelled | None]:
     """Move a batch to the device, in the network's memory format."""
 
     def image(x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +253,9 @@ class Loop:
                 if self.stop() and finished < task.iterations:
                     if saved != finished:
                         self.save(finished)
-                    raise Interrupted(f"stopped after iteration {finished} of {task.iterations}; --resume goes on from there")
+                    raise Interrupted(
+                        f"stopped after iteration {finished} of {task.iterations}; --resume goes on from there"
+                    )
 
     def _step(self, batch: tuple[Labelled, Unlabelled | None], iteration: int) -> dict[str, torch.Tensor]:
         return train_step(

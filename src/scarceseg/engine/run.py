@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from scarceseg.errors import RunError
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms
 from scarceseg.networks.base import SegmentationNetwork, build_network, divisor_of
+from scarceseg.report import build_report
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     divisor = divisor_of(config.network.name, config.network.args)
     resumed = open_run(folder, config, resume)
     with _stop_signals() as stop:
-        warnings = list(split.warnings)
+        warnings = [*split.warnings, *_useless(config)]
         with timed_stage(folder, "prepare"):
             plan = _plan(config, dataset, split, folder, divisor, resumed)
             warnings += plan.warnings
@@ -78,8 +80,21 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
         terms = _terms(config, method_terms, split, plan, warnings)
         _train_stage(config, folder, split, plan, cases, terms, stop, cache)
         write_json(folder / "warnings.json", warnings)
+        build_report(folder)
     evaluation = read_json(folder / "evaluation.json", None)
     return RunResult(folder, evaluation, tuple(warnings))
+
+
+def _useless(config: Config) -> list[str]:
+    """Settings of this run that change nothing."""
+    found = []
+    if config.foundation is not None:
+        found.append(
+            f"foundation {config.foundation!r} changes nothing: no term of {config.method!r} uses a foundation model"
+        )
+    if config.select == "last" and config.validate_every and not config.val:
+        found.append("validate_every changes nothing: there are no validation cases, name them with --val")
+    return found
 
 
 def _plan(
@@ -99,9 +114,7 @@ def _plan(
     return plan
 
 
-def _terms(
-    config: Config, names: dict[str, Term], split: Split, plan: Plan, warnings: list[str]
-) -> dict[str, Term]:
+def _terms(config: Config, names: dict[str, Term], split: Split, plan: Plan, warnings: list[str]) -> dict[str, Term]:
     method, options = "+".join(names), config.terms
     if not split.unlabelled and any("unlabelled" in term.reads for term in names.values()):
         warnings.append(
@@ -131,7 +144,7 @@ def _train_stage(
         term.to(fabric.device)
     for name, term in terms.items():
         for stage in term.stages():
-            _offline_stage(folder, f"{name}-{stage}", lambda path, t=term, s=stage: t.prepare(s, path))
+            _offline_stage(folder, f"{name}-{stage}", partial(term.prepare, stage))
     log = RunLog(folder, fabric.is_global_zero)
     validation = Validation(config, split.val, plan, folder, log, fabric, cache)
     task = LoopTask(

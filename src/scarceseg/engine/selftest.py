@@ -20,7 +20,7 @@ _BF16_GAIN = 1.15
 def to_memory_format(module: nn.Module, memory_format: str) -> nn.Module:
     """Convert a network's weights in place: channels_last_3d, or contiguous."""
     wanted = torch.channels_last_3d if memory_format == "channels_last_3d" else torch.contiguous_format
-    return module.to(memory_format=wanted)  # type: ignore[call-overload,no-any-return]
+    return module.to(memory_format=wanted)  # type: ignore[call-overload]
 
 
 def seconds_per_step(

@@ -33,7 +33,14 @@ class Validation:
     """
 
     def __init__(
-        self, config: Config, cases: tuple[Case, ...], plan: Plan, folder: Path, log: RunLog, fabric: Fabric, cache: Path | None
+        self,
+        config: Config,
+        cases: tuple[Case, ...],
+        plan: Plan,
+        folder: Path,
+        log: RunLog,
+        fabric: Fabric,
+        cache: Path | None,
     ) -> None:
         if config.select == "best" and not cases:
             raise ConfigError("select: best needs validation cases: name them with --val, or keep select: last")
@@ -104,6 +111,7 @@ def finish(folder: Path, split: Split, device: str) -> None:
     if not shown:
         shown = [(case, None) for case in split.unlabelled[:3]]
     target = folder / "validation"
+    target.mkdir(exist_ok=True)
     kept: dict[str, tuple[np.ndarray, Prediction, tuple[float, float, float], Path | None]] = {}
     with Display("validate", 0, len(shown)) as display:
         for number, (case, reference) in enumerate(shown, 1):
@@ -136,7 +144,8 @@ def _evaluate(folder: Path, cases: tuple[Case, ...], predictions: Path) -> list[
     assert references is not None
     result = evaluate(predictions, references.parent, json=folder / "evaluation.json").to_json()
     score = {
-        name: float(np.mean([metrics["dice"] for metrics in classes.values()])) for name, classes in result["cases"].items()
+        name: float(np.mean([metrics["dice"] for metrics in classes.values()]))
+        for name, classes in result["cases"].items()
     }
     return sorted(score, key=lambda name: score[name])
 
@@ -155,4 +164,6 @@ def _figure(
     arrays: dict[str, Any] = {"image": image, "prediction": prediction.label, "uncertainty": prediction.uncertainty}
     if reference is not None:
         arrays["reference"] = read_image(reference)[0].astype(np.uint8)
-    np.savez_compressed(path, title=f"{name} ({rank})" if not rank.startswith("case") else name, spacing_mm=spacing, **arrays)
+    np.savez_compressed(
+        path, title=f"{name} ({rank})" if not rank.startswith("case") else name, spacing_mm=spacing, **arrays
+    )

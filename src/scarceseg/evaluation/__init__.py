@@ -1,6 +1,6 @@
 """Masks -> numbers -> tables.
 
 In: predicted label files and reference label files. Out: Dice, Jaccard, ASD, ASSD and HD95 of every case and class
-(`metrics`: two masks; `evaluate`: folders of them, as JSON), and their tables on screen, in CSV and in Markdown beside the
-published figures (`tables`).
+(`metrics`: two masks; `evaluate`: folders of them; `result`: the JSON form), and their tables on screen, in CSV and in
+Markdown beside the published figures (`tables`).
 """

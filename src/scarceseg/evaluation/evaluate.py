@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json as jsonlib
-import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from scipy import ndimage
@@ -18,32 +16,17 @@ from scarceseg.data.geometry import describe, same_geometry
 from scarceseg.data.images import SUFFIXES, image_suffix, read_image
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import ConfigError, DataError
-from scarceseg.evaluation.metrics import METRICS, Empty, binary_metrics
+from scarceseg.evaluation.metrics import Empty, binary_metrics
+from scarceseg.evaluation.result import (
+    ClassMetrics,
+    EvaluationResult,
+    Failure,
+    IncompleteEvaluation,
+    Units,
+    mean_metrics,
+)
+from scarceseg.evaluation.tables import to_csv
 from scarceseg.types import Geometry, LabelMap
-
-Units = Literal["mm", "voxel"]
-
-ClassMetrics = dict[str, dict[str, float]]
-"""Values of `METRICS` by class."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that some mean does not count: a mask is empty on one side, or a file could not be used.
-
-    Attributes:
-        case: its name.
-        class_name: the class, or None when the whole case could not be evaluated.
-        reason: "empty prediction", "empty reference", or what is wrong with the files.
-    """
-
-    case: str
-    class_name: str | None
-    reason: str
-
-    def to_json(self) -> dict[str, str | None]:
-        """``{"case", "class", "reason"}``."""
-        return {"case": self.case, "class": self.class_name, "reason": self.reason}
 
 
 class _Score(NamedTuple):
@@ -51,46 +34,6 @@ class _Score(NamedTuple):
 
     metrics: ClassMetrics
     empty: dict[str, str]
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Metrics of all cases.
-
-    Attributes:
-        units: of the distances, "mm" or "voxel".
-        cases: case -> class -> metric; an undefined distance is NaN.
-        mean: class -> metric, over the cases in which it is finite; NaN when there is none.
-        failed: empty masks on one side (listed with ``empty="zero"`` too) and cases that could not be evaluated.
-        warnings: what the user should know, such as references without a prediction. Not part of the JSON.
-    """
-
-    units: Units
-    cases: dict[str, ClassMetrics]
-    mean: ClassMetrics
-    failed: tuple[Failure, ...] = ()
-    warnings: tuple[str, ...] = field(default=(), compare=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """``{"units", "cases": {id: {class: {metric}}}, "mean": {class: {metric}}, "failed": [...]}``.
-
-        Undefined numbers are ``null``, since JSON has no NaN. An entry of ``failed`` is ``{"case", "class", "reason"}``,
-        ``class`` being ``null`` when the whole case could not be evaluated.
-        """
-        return {
-            "units": self.units,
-            "cases": {case: _nullable(classes) for case, classes in self.cases.items()},
-            "mean": _nullable(self.mean),
-            "failed": [failure.to_json() for failure in self.failed],
-        }
-
-
-class IncompleteEvaluation(DataError):
-    """Some cases could not be evaluated; `result` holds all the others, and the files asked for are written."""
-
-    def __init__(self, message: str, result: EvaluationResult) -> None:
-        super().__init__(message)
-        self.result = result
 
 
 def evaluate(
@@ -107,8 +50,8 @@ def evaluate(
     """Compare label files, found by case name: the file name without its ending, so that formats may differ.
 
     Every prediction needs a reference; a reference without prediction is left out with a warning. Label values are
-    named by the ``dataset.json`` beside the folder of references (or in it) when there is one, otherwise by themselves. A
-    class that is in neither file of a case counts as two empty masks (Dice 1, distances 0).
+    named by the ``dataset.json`` beside the folder of references (or in it) when there is one, otherwise by themselves.
+    A class that is in neither file of a case counts as two empty masks (Dice 1, distances 0).
 
     Args:
         predictions: folder of label files, or one file.
@@ -149,32 +92,9 @@ def evaluate(
     if json is not None:
         write_text(json, jsonlib.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     if csv is not None:
-        from scarceseg.evaluation.tables import to_csv
-
         write_text(csv, to_csv(result))
     _raise_for_broken(result, len(pairs))
     return result
-
-
-def mean_metrics(cases: Mapping[str, ClassMetrics]) -> ClassMetrics:
-    """Mean of each metric over the cases in which it is finite, by class; NaN when there is none."""
-    by_class: dict[str, list[dict[str, float]]] = {}
-    for classes in cases.values():
-        for name, values in classes.items():
-            by_class.setdefault(name, []).append(values)
-    return {name: {metric: _finite_mean(v[metric] for v in rows) for metric in METRICS} for name, rows in by_class.items()}
-
-
-def _finite_mean(values: Iterable[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
-
-
-def _nullable(classes: ClassMetrics) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
-        for name, values in classes.items()
-    }
 
 
 def _check_word(name: str, word: str, known: tuple[str, ...]) -> None:
@@ -191,17 +111,21 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
             f"expected a folder of references for the folder {predictions}, got the file {references}; "
             "give two folders or two files"
         )
-    found = {_case_name(predictions): predictions} if predictions.is_file() else _label_files(predictions, "predictions")
+    found = (
+        {_case_name(predictions): predictions} if predictions.is_file() else _label_files(predictions, "predictions")
+    )
     known = _label_files(references, "references")
     if missing := sorted(found.keys() - known.keys()):
         raise DataError(
             f"{len(missing)} of {len(found)} predictions have no reference of the same name in {references}: "
-            f"{_some(missing)}; references are named like {next(iter(known))!r}: rename the predictions, or move what is "
-            "none out of the folder"
+            f"{_some(missing)}; references are named like {next(iter(known))!r}: rename the predictions, or move what "
+            "is none out of the folder"
         )
     warnings = []
     if predictions.is_dir() and (unused := sorted(known.keys() - found.keys())):
-        warnings.append(f"{len(unused)} of {len(known)} references have no prediction and are left out: {_some(unused)}")
+        warnings.append(
+            f"{len(unused)} of {len(known)} references have no prediction and are left out: {_some(unused)}"
+        )
     return {case: (found[case], known[case]) for case in sorted(found)}, warnings
 
 
@@ -239,8 +163,8 @@ def _class_values(references: Path) -> dict[str, int] | None:
             values = {str(name): int(value) for name, value in labels.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
-            f'{path}: expected labels such as {{"background": 0, "heart": 1}}, one whole number a class; correct the file, '
-            "or move it away to have the classes named by their number"
+            f'{path}: expected labels such as {{"background": 0, "heart": 1}}, one whole number a class; correct the '
+            "file, or move it away to have the classes named by their number"
         ) from None
     return {name: value for name, value in values.items() if value != 0}
 
@@ -277,8 +201,8 @@ def _read_labels(path: Path) -> tuple[LabelMap, Geometry]:
     if array.dtype != np.uint8 and not np.array_equal(labels, array):
         example = float(array[labels != array].flat[0])
         raise DataError(
-            f"{path}: expected whole class numbers from 0 to 255, got {example:g}; give a label file (a probability map must "
-            "be thresholded first)"
+            f"{path}: expected whole class numbers from 0 to 255, got {example:g}; give a label file (a probability "
+            "map must be thresholded first)"
         )
     return labels, geometry
 
@@ -330,7 +254,8 @@ def _raise_for_broken(result: EvaluationResult, count: int) -> None:
     if broken:
         listing = "\n".join(f"  {failure.case}: {failure.reason}" for failure in broken)
         raise IncompleteEvaluation(
-            f"{len(broken)} of {count} cases could not be evaluated (the results of the others are kept):\n{listing}", result
+            f"{len(broken)} of {count} cases could not be evaluated (the results of the others are kept):\n{listing}",
+            result,
         )
 
 

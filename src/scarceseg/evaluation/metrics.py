@@ -95,7 +95,7 @@ def binary_metrics(
     Raises:
         DataError: the shapes differ, or the spacing does not fit them.
     """
-    p, r, spacing = _checked(prediction, reference, spacing_mm)
+    p, r, _ = _checked(prediction, reference, spacing_mm)
     box = bounding_box(p | r)
     if box is None:
         return {"dice": 1.0, "jaccard": 1.0, "asd": 0.0, "assd": 0.0, "hd95": 0.0}
@@ -105,7 +105,7 @@ def binary_metrics(
     if size_p == 0 or size_r == 0:
         undefined = 0.0 if empty == "zero" else float("nan")
         return overlap | {"asd": undefined, "assd": undefined, "hd95": undefined}
-    d_pr, d_rp = surface_distances(p, r, spacing)
+    d_pr, d_rp = surface_distances(p, r, spacing_mm)
     pooled = np.concatenate([d_pr, d_rp])
     return overlap | {
         "asd": float(d_pr.mean()),

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scarceseg.errors import ConfigError, DataError, near_matches
-from scarceseg.evaluation.evaluate import EvaluationResult
 from scarceseg.evaluation.metrics import METRICS
+from scarceseg.evaluation.result import EvaluationResult
 
 HEADERS = {"dice": "Dice", "jaccard": "Jaccard", "asd": "ASD", "assd": "ASSD", "hd95": "HD95"}
 OVERLAPS = frozenset({"dice", "jaccard"})
@@ -40,14 +41,14 @@ def print_evaluation(result: EvaluationResult | Json, console: Console | None = 
     table.add_column("case")
     table.add_column("class")
     for metric in METRICS:
-        table.add_column(f"{HEADERS[metric]} [{_unit(metric, values['units'])}]".replace("[", "\\["), justify="right")
+        table.add_column(escape(f"{HEADERS[metric]} [{_unit(metric, values['units'])}]"), justify="right")
     rows = [(case, name, v) for case, classes in values["cases"].items() for name, v in classes.items()]
     if len(rows) <= ROWS_ON_SCREEN:
         for case, name, row in rows:
-            table.add_row(case, name, *(_shown(row[metric], metric) for metric in METRICS))
+            table.add_row(escape(case), escape(name), *(_shown(row[metric], metric) for metric in METRICS))
     for name, mean in values["mean"].items():
         cells = [_shown(mean[metric], metric) + _undefined(values, name, metric) for metric in METRICS]
-        table.add_row("mean", name, *cells, style="bold")
+        table.add_row("mean", escape(name), *cells, style="bold")
     if len(values["mean"]) > 1:
         overall = class_average(values)
         table.add_row("mean", "all classes", *(_shown(overall[metric], metric) for metric in METRICS), style="bold")
@@ -87,7 +88,9 @@ def to_csv(result: EvaluationResult | Json) -> str:
     writer.writerow(("case", "class", *METRICS))
     for case, classes in _json(result)["cases"].items():
         for name, values in classes.items():
-            writer.writerow((case, name, *("" if values[metric] is None else repr(values[metric]) for metric in METRICS)))
+            writer.writerow(
+                (case, name, *("" if values[metric] is None else repr(values[metric]) for metric in METRICS))
+            )
     return text.getvalue()
 
 
@@ -105,22 +108,23 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         _ = values["units"], [(f["case"], f["class"], f["reason"]) for f in values["failed"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
-            f"{path}: expected a result of 'scarceseg evaluate --json' with units, cases, mean and failed; check the path"
+            f"{path}: expected a result of 'scarceseg evaluate --json' with units, cases, mean and failed; "
+            "check the path"
         ) from None
     return values
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
-    """Rows as a Markdown table; columns that hold only numbers are set to the right, None is a dash.
+    """Rows as a Markdown table; columns of numbers alone are set to the right, None is a dash.
 
     Args:
         rows: values by column.
         columns: which, in order; None takes those of the first row.
     """
     columns = list(columns if columns is not None else rows[0] if rows else ())
-    numeric = {c for c in columns if all(isinstance(row.get(c), int | float | None) for row in rows)}
-    lines = [list(columns), ["---:" if column in numeric else "---" for column in columns]]
-    lines += [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    rules = ["---:" if all(_is_number(line[i]) for line in cells) else "---" for i in range(len(columns))]
+    lines = [columns, rules, *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -132,7 +136,9 @@ def markdown_results(results: Mapping[str, EvaluationResult | Json], title: str 
     """
     units = {_json(result)["units"] for result in results.values()}
     if len(units) > 1:
-        raise DataError("expected results in one unit of distance, got mm and voxel; evaluate them again with one --units")
+        raise DataError(
+            "expected results in one unit of distance, got mm and voxel; evaluate them again with one --units"
+        )
     rows = []
     for name, result in results.items():
         average = class_average(result)
@@ -148,15 +154,15 @@ class PublishedRow:
     """One row of a published table: test results in percent and in voxels, None where it prints none.
 
     Attributes:
-        labeled, unlabeled: numbers of training volumes, None where the table does not say.
+        labeled, unlabeled: numbers of training volumes.
         source: which table of which paper.
         note: what to know before comparing.
     """
 
     dataset: str
     method: str
-    labeled: int | None
-    unlabeled: int | None
+    labeled: int
+    unlabeled: int
     dice: float | None
     jaccard: float | None
     asd_voxel: float | None
@@ -171,7 +177,9 @@ def _published() -> tuple[PublishedRow, ...]:
     return tuple(PublishedRow(**row) for row in json.loads(text)["rows"])
 
 
-def published_rows(dataset: str | None = None, labeled: int | None = None, method: str | None = None) -> list[PublishedRow]:
+def published_rows(
+    dataset: str | None = None, labeled: int | None = None, method: str | None = None
+) -> list[PublishedRow]:
     """Rows of the published tables, in their order; None does not filter.
 
     Raises:
@@ -225,3 +233,7 @@ def _undefined(values: Json, name: str, metric: str) -> str:
 
 def _cell(value: object) -> str:
     return "-" if value is None else str(value).replace("|", "\\|")
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "-" or cell.replace(".", "", 1).removeprefix("-").isdigit()

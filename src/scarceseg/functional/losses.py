@@ -67,9 +67,7 @@ def segmentation_loss(
     smooth: float = 1e-5,
 ) -> torch.Tensor:
     """``0.5 (CE + Dice)``, the supervised loss of the UA-MT protocol and of both seed papers."""
-    dice = dice_loss(
-        logits.softmax(1), label, background=background, mask_ignored=mask_ignored, smooth=smooth
-    )
+    dice = dice_loss(logits.softmax(1), label, background=background, mask_ignored=mask_ignored, smooth=smooth)
     return 0.5 * (cross_entropy(logits, label) + dice)
 
 

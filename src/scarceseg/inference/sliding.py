@@ -71,9 +71,7 @@ def sliding_window(
     if not 0 <= overlap < 1:
         raise ConfigError(f"overlap is a share from 0 to below 1, got {overlap}")
     if min(*patch, *stride_legacy, batch) < 1:
-        raise ConfigError(
-            f"patch, stride and batch start at 1, got {list(patch)}, {list(stride_legacy)} and {batch}"
-        )
+        raise ConfigError(f"patch, stride and batch start at 1, got {list(patch)}, {list(stride_legacy)} and {batch}")
     wanted = stride_legacy if mode == "legacy" else [max(round(side * (1 - overlap)), 1) for side in patch]
     stride = [min(step, side) for step, side in zip(wanted, patch, strict=True)]
     total = count_windows(image.shape[1:], patch, stride)
@@ -131,10 +129,9 @@ def _evaluating(network: object) -> Iterator[None]:
 
 
 def _home(image: torch.Tensor, device: torch.device, classes: int = 16) -> torch.device:
-    """Where windows are summed: on the device while a result of `classes` classes, twice, takes half its free memory."""
+    """Where windows are summed: on the device, unless twice a result of `classes` classes fills half its free memory."""
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
     needed = 2 * 4 * classes * math.prod(image.shape[1:])
     return device if needed < free / 2 else torch.device("cpu")
-

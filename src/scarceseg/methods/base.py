@@ -73,7 +73,9 @@ class Term(nn.Module):
     def prepare(self, stage: str, folder: Path) -> None:
         """Run one offline stage and leave its artefact in `folder`."""
 
-    def extra_inputs(self, labelled: Labelled, unlabelled: Unlabelled | None, generator: torch.Generator) -> ImageBatch | None:
+    def extra_inputs(
+        self, labelled: Labelled, unlabelled: Unlabelled | None, generator: torch.Generator
+    ) -> ImageBatch | None:
         """Further rows for the student's one forward pass; their output arrives as ``step.extra[name]``."""
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,7 +38,7 @@ class MeanTeacherOptions(TermOptions):
 class MeanTeacher(Term):
     """``mean((p_u - p'_u)^2)`` with the EMA teacher on noisy input (Tarvainen & Valpola 2017, eq. 1)."""
 
-    Options = MeanTeacherOptions
+    Options: ClassVar[type[TermOptions]] = MeanTeacherOptions
     options: MeanTeacherOptions
     teacher: EmaTeacher
 

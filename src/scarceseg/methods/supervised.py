@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from scarceseg.functional.losses import segmentation_loss
@@ -20,7 +22,7 @@ class SupervisedOptions(TermOptions):
 class Supervised(Term):
     """``0.5 (CE + Dice)`` on labelled rows (UA-MT protocol, Yu et al. 2019, sec. 3)."""
 
-    Options = SupervisedOptions
+    Options: ClassVar[type[TermOptions]] = SupervisedOptions
     reads = frozenset({"labelled"})
     options: SupervisedOptions
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
 from scarceseg.functional.losses import softmax_mse
 from scarceseg.functional.ramps import uamt_threshold
 from scarceseg.functional.uncertainty import entropy, masked_mean
-from scarceseg.methods.base import METHODS
+from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.mean_teacher import MeanTeacher, MeanTeacherOptions
 from scarceseg.types import ImageBatch, Probability, Step
 
@@ -35,7 +37,7 @@ class UaMt(MeanTeacher):
     Differs from the authors' code: ln K in place of ln 2, so that it holds for any class count.
     """
 
-    Options = UaMtOptions
+    Options: ClassVar[type[TermOptions]] = UaMtOptions
     options: UaMtOptions
 
     @torch.no_grad()

@@ -78,8 +78,8 @@ def check_statistics(image: ImageBatch, divisor: tuple[int, int, int], normaliza
         normalization == "batchnorm" and training and voxels * image.shape[0] == 1
     ):
         raise ConfigError(
-            f"a {'batch of one ' if normalization == 'batchnorm' else ''}patch of {_by(tuple(image.shape[2:]))} leaves a "
-            f"single voxel at the bottleneck, which {normalization} cannot normalise: "
+            f"a {'batch of one ' if normalization == 'batchnorm' else ''}patch of {_by(tuple(image.shape[2:]))} leaves "
+            f"a single voxel at the bottleneck, which {normalization} cannot normalise: "
             f"take a patch with at least one side of {2 * divisor[0]}"
         )
 
@@ -88,9 +88,7 @@ NETWORKS: Registry[Callable[..., SegmentationNetwork]] = Registry("network", "sc
 """Networks by name. An entry is called with ``channels``, ``classes`` and the arguments of the config."""
 
 
-def build_network(
-    name: str, channels: int, classes: int, args: dict[str, Any] | None = None
-) -> SegmentationNetwork:
+def build_network(name: str, channels: int, classes: int, args: dict[str, Any] | None = None) -> SegmentationNetwork:
     """A freshly initialised network.
 
     Args:

@@ -45,6 +45,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """For arguments MONAI leaves without a default."""
 
 _FIXED_SIZE = ("img_size", "input_image_size")
+_FROM_DATASET = ("in_channels", "out_channels", "num_classes")
+
+_DIVISORS: dict[str, tuple[int, int, int]] = {}
+"""Found so far in this process, by name and arguments: a search takes about a second."""
 
 
 def find(name: str) -> type[nn.Module] | None:
@@ -66,8 +70,8 @@ class MonaiNetwork(SegmentationNetwork):
     return several tensors the first is used; deep supervision is refused, because only that first one gets a loss.
 
     The divisor is found by trying sizes on a twin without memory (meta device). ``divisor: 32`` or
-    ``divisor: [32, 32, 16]`` among the arguments sets it instead. A network built for one size (``img_size``) takes that
-    size only.
+    ``divisor: [32, 32, 16]`` among the arguments sets it instead. A network built for one size (``img_size``) takes
+    that size only.
 
     Args:
         name: class name in ``monai.networks.nets``.
@@ -137,7 +141,8 @@ class MonaiNetwork(SegmentationNetwork):
                 return cls(**self._arguments)
         except Exception as error:  # whatever MONAI raises here, the cause is an argument
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"MONAI cannot build {self.name} with {self._arguments}: {text}") from error
+            cure = "install that package" if "No module named" in text else "correct the arguments"
+            raise ConfigError(f"MONAI cannot build {self.name} with {self._arguments}: {text}; {cure}") from error
 
     def _given_divisor(self, divisor: Any) -> tuple[int, int, int]:
         try:
@@ -149,6 +154,13 @@ class MonaiNetwork(SegmentationNetwork):
         return sides
 
     def _find_divisor(self) -> tuple[int, int, int]:
+        settings = {key: value for key, value in self._arguments.items() if key not in _FROM_DATASET}
+        key = f"{self.name} {sorted(settings.items())}"
+        if key not in _DIVISORS:
+            _DIVISORS[key] = self._try_sizes()
+        return _DIVISORS[key]
+
+    def _try_sizes(self) -> tuple[int, int, int]:
         twin = copy.deepcopy(self.network).to("meta").eval()
         steps = (1, 2, 4, 8, 16, 32, 64)
         everywhere = 0
@@ -180,7 +192,7 @@ class MonaiNetwork(SegmentationNetwork):
         try:
             with torch.no_grad():
                 output = _first(twin(image))
-        except Exception as error:  # noqa: BLE001  (networks differ in how they refuse a size)
+        except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         return "" if shape == expected else f"an input of {list(image.shape)} gives {shape}, expected {expected}"
@@ -190,9 +202,7 @@ def _classes_argument(parameters: Any) -> str | None:
     return next((key for key in ("out_channels", "num_classes") if key in parameters), None)
 
 
-def _arguments(
-    cls: type[nn.Module], name: str, channels: int, classes: int, args: dict[str, Any]
-) -> dict[str, Any]:
+def _arguments(cls: type[nn.Module], name: str, channels: int, classes: int, args: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(cls).parameters
     given: dict[str, Any] = {"in_channels": channels, str(_classes_argument(parameters)): classes}
     if "spatial_dims" in parameters:
@@ -206,7 +216,9 @@ def _arguments(
             options = [known for known in parameters if known not in given]
             raise ConfigError(f"{name} takes no argument {key!r}: {near_matches(key, [*options, 'divisor'])}")
     if args.get("deep_supervision"):
-        raise ConfigError(f"{name}: deep_supervision is not supported, because only the last output gets a loss: leave it off")
+        raise ConfigError(
+            f"{name}: deep_supervision is not supported, because only the last output gets a loss: leave it off"
+        )
     return _DEFAULTS.get(name, {}) | args | given
 
 

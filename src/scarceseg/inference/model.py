@@ -1,0 +1,151 @@
+"""The two files a trained network is: ``model.json`` says what it is, ``model.safetensors`` holds its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+
+from scarceseg.config import NetworkConfig
+from scarceseg.data.plan import Plan
+from scarceseg.engine.checkpoint import write_atomic, write_text
+from scarceseg.errors import ConfigError, RunError
+from scarceseg.networks.base import SegmentationNetwork, build_network
+
+MODEL_FORMAT = 1
+"""Raised when an older program would misread a model."""
+
+
+class ModelInfo(BaseModel):
+    """Content of ``model.json``.
+
+    Attributes:
+        format: version of this file.
+        network: name and arguments.
+        channels, classes: names in order; class 0 is the background.
+        plan: how a volume is prepared.
+        device: kind of device it was trained on.
+        precision: of the forward passes in training; predictions on the same kind of device use it too.
+        memory_format: of the weights in training, likewise.
+        training: summary for people; nothing reads it.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: int = MODEL_FORMAT
+    network: NetworkConfig
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    plan: Plan
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    memory_format: Literal["contiguous", "channels_last_3d"] = "contiguous"
+    training: dict[str, Any] = {}
+
+
+def save_model(
+    folder: Path,
+    network: SegmentationNetwork,
+    network_config: NetworkConfig,
+    plan: Plan,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write both files, each whole or not at all; the description comes last, so that it never describes nothing.
+
+    Args:
+        folder: run folder; made if it is missing.
+        network: trained weights.
+        network_config: what `network` was built from.
+        plan: what it was trained with.
+        extra: summary of the training. ``precision`` ("fp32" or "bf16") in it becomes the hint for predictions.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    summary = dict(extra or {})
+    weight = next(network.parameters())
+    info = ModelInfo(
+        network=network_config,
+        channels=plan.channels,
+        classes=plan.classes,
+        plan=plan,
+        device=weight.device.type,
+        precision=summary.pop("precision", "fp32"),
+        memory_format="channels_last_3d" if _is_channels_last(network) else "contiguous",
+        training=summary,
+    )
+    write_atomic(folder / "model.safetensors", lambda path: save_weights(network, str(path)))
+    write_text(folder / "model.json", info.model_dump_json(indent=1) + "\n")
+
+
+def load_model(folder: Path) -> tuple[SegmentationNetwork, Plan, ModelInfo]:
+    """Read both files.
+
+    Args:
+        folder: run folder, or its ``model.json``.
+
+    Returns:
+        The network on the CPU in evaluation mode, its plan and the whole description.
+
+    Raises:
+        RunError: a file is missing or damaged, was written by a newer version, or the weights do not fit the network.
+    """
+    folder = folder.parent if folder.name == "model.json" else folder
+    info = _read_info(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise RunError(f"{folder} has a model.json but no model.safetensors: copy both files of the run")
+    try:
+        network = build_network(info.network.name, len(info.channels), len(info.classes), info.network.args)
+    except ConfigError as error:
+        raise RunError(f"{folder / 'model.json'} names a network that cannot be built here: {error}") from None
+    try:
+        load_weights(network, weights)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"cannot read {weights}: {error}; it is damaged or cut short, copy it again") from None
+    except RuntimeError as error:
+        raise RunError(
+            f"the weights in {weights} do not fit the network {info.network.name!r} of model.json "
+            f"({_shorten(str(error))}): take both files from the same run"
+        ) from None
+    return network.eval(), info.plan, info
+
+
+def _read_info(folder: Path) -> ModelInfo:
+    path = folder / "model.json"
+    if not folder.is_dir():
+        raise RunError(f"there is no run folder {folder}: check the path")
+    if not path.is_file():
+        started = (folder / "config.yaml").exists()
+        hint = "its training has not finished, resume it" if started else "give the folder a training wrote"
+        raise RunError(f"{folder} holds no model.json: {hint}")
+    try:
+        values = json.loads(path.read_text())
+        version = values.get("format", 0)
+        if isinstance(version, int) and version > MODEL_FORMAT:
+            raise RunError(f"{path} has format {version}, this version reads up to {MODEL_FORMAT}: update scarceseg")
+        return ModelInfo.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{path} is not a model description ({where}: {first['msg'].lower()}): copy it again") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"cannot read {path}: {str(error).splitlines()[0]}; copy it again") from None
+
+
+def _is_channels_last(network: torch.nn.Module) -> bool:
+    layout = torch.channels_last_3d
+    return any(
+        p.ndim == 5 and p.is_contiguous(memory_format=layout) and not p.is_contiguous() for p in network.parameters()
+    )
+
+
+def _shorten(text: str, limit: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[:limit]} ..."

@@ -1,0 +1,59 @@
+"""A volume on its way through the network: prepared before it, predicted after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import entr
+
+from scarceseg.data.prepare import restore, restore_label
+from scarceseg.types import Geometry, LabelMap, Volume
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A volume as the network reads it, with the grid it has and the grid it came from."""
+
+    image: Volume
+    geometry: Geometry
+    original: Geometry
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says about one volume; every map has the grid of the input and is made when first asked for.
+
+    Attributes:
+        prepared_probability: ``[K, X', Y', Z']`` on the prepared grid.
+        prepared: the prepared grid.
+        geometry: grid of the input.
+    """
+
+    prepared_probability: NDArray[np.float32]
+    prepared: Geometry
+    geometry: Geometry
+
+    @cached_property
+    def label(self) -> LabelMap:
+        """Most probable class of each voxel ``[X, Y, Z]``, uint8."""
+        return restore_label(self.prepared_probability, self.prepared, self.geometry)
+
+    @cached_property
+    def probability(self) -> NDArray[np.float32]:
+        """``[K, X, Y, Z]`` float32 in [0, 1], sum 1 over K."""
+        return restore(self.prepared_probability, self.prepared, self.geometry)
+
+    def probability_of(self, index: int) -> NDArray[np.float32]:
+        """One class of `probability`, ``[X, Y, Z]``, without the memory of the others."""
+        return restore(self.prepared_probability[index : index + 1], self.prepared, self.geometry)[0]
+
+    @cached_property
+    def uncertainty(self) -> NDArray[np.float32]:
+        """Entropy of the class probabilities over ln K, ``[X, Y, Z]`` float32: 0 certain, 1 all classes alike."""
+        total = np.zeros(self.geometry.size, dtype=np.float32)
+        for index in range(len(self.prepared_probability)):
+            total += entr(self.probability_of(index))
+        return np.clip(total / np.float32(np.log(len(self.prepared_probability))), 0.0, 1.0)

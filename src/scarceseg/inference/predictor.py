@@ -1,0 +1,244 @@
+"""A trained network on whole volumes: in memory with `Predictor`, from files to files with `predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+
+import torch
+
+from scarceseg.data.images import list_images, read_volume
+from scarceseg.data.prepare import prepare_volume
+from scarceseg.engine.logging import Display
+from scarceseg.errors import DataError, RunError
+from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
+from scarceseg.inference.model import load_model, save_model
+from scarceseg.inference.prediction import Prediction, Prepared
+from scarceseg.inference.sliding import sliding_window
+from scarceseg.types import Geometry, Volume
+
+__all__ = ["Prediction", "Predictor", "load_model", "pick_device", "predict", "save_model"]
+
+
+class Predictor:
+    """A trained network, loaded once.
+
+    Windows overlap by half with Gaussian weights, or lie 18x18x4 voxels apart with equal weights (`legacy`, as in the
+    published evaluations of UA-MT and its successors; slow). On the kind of device it was trained on the network runs
+    in the precision of its training, elsewhere in float32.
+
+    Args:
+        run: folder with ``model.json`` and ``model.safetensors``.
+        device: "auto" takes a GPU if there is one; "cpu", "cuda" or "cuda:1".
+        legacy: see above.
+        batch: windows in one forward pass.
+
+    Raises:
+        RunError: the run cannot be used (see `load_model`), or there is no such device.
+    """
+
+    def __init__(self, run: Path | str, *, device: str = "auto", legacy: bool = False, batch: int = 4) -> None:
+        self.run = Path(run)
+        self.device = pick_device(device)
+        self.legacy = legacy
+        self.batch = batch
+        network, self.plan, self.info = load_model(self.run)
+        layout = torch.channels_last_3d if self.info.memory_format == "channels_last_3d" else torch.contiguous_format
+        self.network = network.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; the first is the background."""
+        return self.plan.classes
+
+    def prepare(self, volume: Volume, geometry: Geometry) -> Prepared:
+        """Orient, resample and normalise a volume ``[C, X, Y, Z]`` as for training.
+
+        Raises:
+            DataError: another number of channels than the network has.
+        """
+        image, prepared = prepare_volume(volume, geometry, self.plan)
+        return Prepared(image, prepared, geometry)
+
+    def predict_prepared(self, volume: Prepared, progress: Callable[[int, int], None] | None = None) -> Prediction:
+        """Prediction for a volume that `prepare` has prepared.
+
+        Args:
+            volume: what `prepare` returned.
+            progress: called with the windows done and their number.
+
+        Raises:
+            RunError: the device has too little memory.
+        """
+        try:
+            probability = sliding_window(
+                volume.image,
+                self.network,
+                self.plan.patch,
+                mode="legacy" if self.legacy else "gaussian",
+                batch=self.batch,
+                device=self.device,
+                autocast=self._autocast,
+                progress=progress,
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise RunError(
+                f"{self.device} has too little memory for {self.batch} windows of "
+                f"{'x'.join(map(str, self.plan.patch))} voxels at once: take a smaller batch, or the CPU"
+            ) from None
+        return Prediction(probability.cpu().numpy(), volume.geometry, volume.original)
+
+    def predict_volume(
+        self, volume: Volume, geometry: Geometry, progress: Callable[[int, int], None] | None = None
+    ) -> Prediction:
+        """Segment one volume.
+
+        Args:
+            volume: ``[C, X, Y, Z]`` in the file's own intensities.
+            geometry: its grid; the prediction has the same.
+            progress: called with the windows done and their number.
+
+        Raises:
+            DataError: another number of channels than the network has.
+            RunError: the device has too little memory.
+        """
+        return self.predict_prepared(self.prepare(volume, geometry), progress)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.info.precision == "bf16" and self.info.device == self.device.type:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises:
+        RunError: not a device's name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device: torch.device | None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", "cuda", "mps"}:
+        raise RunError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(
+            f"device {name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; take cpu or auto"
+        )
+    return device
+
+
+def predict(
+    run: Path | str,
+    inputs: Path | str | Sequence[Path | str],
+    out: Path | str,
+    *,
+    probabilities: bool = False,
+    uncertainty: bool = False,
+    largest_component: bool = False,
+    legacy: bool = False,
+    batch: int = 4,
+    device: str = "auto",
+    overwrite: bool = True,
+    on_progress: Callable[[float, int, str], None] | None = None,
+) -> list[Path]:
+    """Segment image files; every result has the size, spacing, origin and direction of its input, and its format.
+
+    Writes ``CASE.EXT`` with class indices, on request ``CASE_prob_CLASS.EXT`` (float32 in [0, 1], one file a class) and
+    ``CASE_uncertainty.EXT`` (float32, entropy / ln K in [0, 1]). A DICOM series becomes ``.nii.gz``. The next volume is
+    read and the last result written while the network works. A case that cannot be used does not stop the others.
+
+    Args:
+        run: folder with ``model.json`` and ``model.safetensors``.
+        inputs: image files, folders of images or DICOM folders.
+        out: folder for the results, made if it is missing.
+        probabilities, uncertainty: write these maps too.
+        largest_component: keep the largest connected piece of each class in the mask; the maps stay as they are.
+        legacy, batch, device: see `Predictor`.
+        overwrite: replace results of an earlier call; inputs are never replaced.
+        on_progress: called with the cases done (a fraction counts the current one's windows), their number, and the
+            current name; None shows a progress bar.
+
+    Returns:
+        The files written, in the order of the cases.
+
+    Raises:
+        RunError: the run or the device cannot be used, or `out` cannot be written.
+        DataError: nothing to predict; or, after all others are done, the list of the cases that failed.
+    """
+    predictor = Predictor(run, device=device, legacy=legacy, batch=batch)
+    entries = [inputs] if isinstance(inputs, str | Path) else inputs
+    found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
+    jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)
+    open_folder(Path(out))
+    with ExitStack() as stack:
+        report = on_progress or _bar(stack.enter_context(Display("predict", 0, len(jobs))))
+        written, failed = _run_jobs(predictor, jobs, largest_component, report)
+    if failed:
+        listing = "; ".join(f"{name}: {message}" for name, message in failed.items())
+        rest = f"the other {len(jobs) - len(failed)} are in {out}" if len(failed) < len(jobs) else "nothing was written"
+        raise DataError(f"{len(failed)} of {len(jobs)} cases failed ({rest}): {listing}")
+    return written
+
+
+def _run_jobs(
+    predictor: Predictor, jobs: Sequence[Job], clean: bool, on_progress: Callable[[float, int, str], None]
+) -> tuple[list[Path], dict[str, str]]:
+    """Three stages side by side: the next case is read and prepared, one is in the network, the last one is written."""
+    written: list[Path] = []
+    failed: dict[str, str] = {}
+
+    def load(job: Job) -> Prepared:
+        return predictor.prepare(*read_volume(job.inputs))
+
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+        coming: Future[Prepared] | None = reader.submit(load, jobs[0])
+        leaving: Future[list[Path]] | None = None
+        try:
+            for number, job in enumerate(jobs):
+                assert coming is not None
+                ready, coming = coming, None
+                try:
+                    volume = ready.result()
+                except DataError as error:
+                    failed[job.name] = str(error)
+                del ready
+                coming = reader.submit(load, jobs[number + 1]) if number + 1 < len(jobs) else None
+                if job.name not in failed:
+                    report = _within(on_progress, number, len(jobs), job.name)
+                    prediction = predictor.predict_prepared(volume, report)
+                    del volume
+                    if leaving is not None:
+                        written += leaving.result()
+                    leaving = writer.submit(write_job, job, prediction, clean)
+                    del prediction
+                on_progress(number + 1, len(jobs), job.name)
+            if leaving is not None:
+                written += leaving.result()
+        except BaseException:
+            reader.shutdown(wait=False, cancel_futures=True)
+            raise
+    return written, failed
+
+
+def _bar(display: Display) -> Callable[[float, int, str], None]:
+    def report(done: float, _total: int, name: str) -> None:
+        display.update(int(done), note=name if done == int(done) else f"{name} {done % 1:.0%}")
+
+    return report
+
+
+def _within(
+    on_progress: Callable[[float, int, str], None], number: int, total: int, name: str
+) -> Callable[[int, int], None]:
+    def report(windows: int, of: int) -> None:
+        if windows < of:
+            on_progress(number + windows / of, total, name)
+
+    return report

@@ -1,0 +1,224 @@
+"""Files in, files out: a ball at a known place of the world has to be found there, whatever the format and the axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from scarceseg.errors import DataError, RunError
+from scarceseg.inference import model as model_module
+from scarceseg.inference.predictor import Predictor, predict
+from scarceseg.types import Geometry
+from tests.inference.scans import THRESHOLD, Threshold, centroid, overlap, rotation, save_threshold, scan, write_series
+
+
+@pytest.fixture(autouse=True)
+def thresholding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(_name: str, channels: int, classes: int, _args: Any) -> Threshold:
+        return Threshold(channels, classes)
+
+    monkeypatch.setattr(model_module, "build_network", build)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return save_threshold(tmp_path / "run")
+
+
+def silent(_done: float, _total: int, _name: str) -> None:
+    """No progress bar in the tests' output."""
+
+
+def put(image: sitk.Image, folder: Path, suffix: str, name: str = "scan") -> Path:
+    folder.mkdir(exist_ok=True)
+    if suffix == "dicom":
+        write_series(image, folder / name)
+        return folder / name
+    sitk.WriteImage(image, str(folder / f"{name}{suffix}"))
+    return folder / f"{name}{suffix}"
+
+
+def same_grid(a: sitk.Image, b: sitk.Image, tolerance: float = 1e-3) -> None:
+    assert a.GetSize() == b.GetSize()
+    np.testing.assert_allclose(a.GetSpacing(), b.GetSpacing(), atol=tolerance)
+    np.testing.assert_allclose(a.GetOrigin(), b.GetOrigin(), atol=tolerance)
+    np.testing.assert_allclose(a.GetDirection(), b.GetDirection(), atol=tolerance)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha", "dicom"])
+def test_the_mask_lies_where_the_structure_is(run: Path, tmp_path: Path, suffix: str, seed: int) -> None:
+    image, centre = scan(direction=rotation(seed))
+    source = put(image, tmp_path / "in", suffix)
+    written = predict(run, [source], tmp_path / "out", on_progress=silent)
+    assert [path.name for path in written] == ["scan.nii.gz" if suffix == "dicom" else f"scan{suffix}"]
+    mask = sitk.ReadImage(str(written[0]))
+    assert mask.GetPixelID() == sitk.sitkUInt8
+    same_grid(mask, image)
+    assert np.abs(centroid(mask) - centre).max() < 0.25  # a tenth of a voxel diagonal
+    assert overlap(sitk.GetArrayFromImage(mask) == 1, sitk.GetArrayFromImage(image) > THRESHOLD) > 0.97
+
+
+@pytest.mark.parametrize("flip", [(1, -1, 1), (-1, -1, 1), (-1, 1, -1)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+def test_axes_in_any_order_and_sense(run: Path, tmp_path: Path, order: tuple[int, ...], flip: tuple[int, ...]) -> None:
+    direction = (np.eye(3) * flip)[:, list(order)]
+    image, centre = scan(direction=direction)
+    written = predict(run, [put(image, tmp_path / "in", ".nrrd")], tmp_path / "out", on_progress=silent)
+    mask = sitk.ReadImage(str(written[0]))
+    same_grid(mask, image)
+    assert np.abs(centroid(mask) - centre).max() < 0.25
+
+
+@pytest.mark.parametrize("size", [(7, 61, 13), (17, 16, 15), (33, 5, 40)])
+def test_odd_sizes_and_sides_shorter_than_the_patch(run: Path, tmp_path: Path, size: tuple[int, int, int]) -> None:
+    image, _ = scan(size=size, direction=rotation(4), radius_mm=4)
+    written = predict(run, [put(image, tmp_path / "in", ".nii.gz")], tmp_path / "out", on_progress=silent)
+    mask = sitk.ReadImage(str(written[0]))
+    same_grid(mask, image)
+    assert overlap(sitk.GetArrayFromImage(mask) == 1, sitk.GetArrayFromImage(image) > THRESHOLD) > 0.9
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_coarser_plan_still_gives_the_grid_of_the_input(tmp_path: Path, legacy: bool) -> None:
+    run = save_threshold(tmp_path / "coarse", spacing=2.0)
+    image, centre = scan(direction=rotation(5), radius_mm=8)
+    written = predict(run, [put(image, tmp_path / "in", ".mha")], tmp_path / "out", legacy=legacy, on_progress=silent)
+    mask = sitk.ReadImage(str(written[0]))
+    same_grid(mask, image)
+    assert np.abs(centroid(mask) - centre).max() < 0.4
+
+
+def test_several_channels_are_taken_in_their_order(tmp_path: Path) -> None:
+    run = save_threshold(tmp_path / "run2", channels=2)
+    other, _ = scan(at=(0.7, 0.3, 0.6))
+    image, centre = scan()  # the network looks at the last channel
+    for case in ("b", "a"):
+        put(other, tmp_path / "in", ".nii.gz", f"{case}_0000")
+        put(image, tmp_path / "in", ".nii.gz", f"{case}_0001")
+    written = predict(run, tmp_path / "in", tmp_path / "out", on_progress=silent)
+    assert [path.name for path in written] == ["a.nii.gz", "b.nii.gz"]
+    assert np.abs(centroid(sitk.ReadImage(str(written[1]))) - centre).max() < 0.25
+
+
+def test_probabilities_and_uncertainty_lie_on_the_input_and_agree(tmp_path: Path) -> None:
+    run = save_threshold(tmp_path / "run4", classes=4, spacing=1.3)
+    image, _ = scan(direction=rotation(6))
+    source = put(image, tmp_path / "in", ".nii.gz")
+    written = predict(run, [source], tmp_path / "out", probabilities=True, uncertainty=True, on_progress=silent)
+    assert [path.name for path in written] == [
+        "scan.nii.gz",
+        "scan_prob_background.nii.gz",
+        "scan_prob_ball.nii.gz",
+        "scan_prob_left_right_part_2.nii.gz",
+        "scan_prob_left_right_part_3.nii.gz",
+        "scan_uncertainty.nii.gz",
+    ]
+    images = [sitk.ReadImage(str(path)) for path in written]
+    for one in images:
+        same_grid(one, image)
+    assert {one.GetPixelID() for one in images[1:]} == {sitk.sitkFloat32}
+    arrays = [sitk.GetArrayFromImage(one) for one in images]
+    probability = np.stack(arrays[1:5])
+    np.testing.assert_allclose(probability.sum(0), 1, atol=1e-4)
+    np.testing.assert_array_equal(probability.argmax(0), arrays[0])
+    entropy = -(probability * np.log(np.maximum(probability, 1e-30))).sum(0) / np.log(4)
+    np.testing.assert_allclose(arrays[5], entropy, atol=1e-4)
+    assert arrays[5].min() >= 0
+    assert arrays[5].max() <= 1
+    edge = np.abs(probability[0] - probability[1]) < 0.1
+    assert edge.any()
+    assert arrays[5][edge].min() > arrays[5][~edge & (arrays[0] == 0)].mean()
+
+
+def test_uncertainty_reaches_both_ends(run: Path) -> None:
+    geometry = Geometry((16, 16, 16), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
+    predictor = Predictor(run, device="cpu")
+    undecided = predictor.predict_volume(np.full((1, 16, 16, 16), THRESHOLD, np.float32), geometry)
+    certain = predictor.predict_volume(np.full((1, 16, 16, 16), 1e5, np.float32), geometry)
+    np.testing.assert_allclose(undecided.uncertainty, 1, atol=1e-5)
+    np.testing.assert_allclose(certain.uncertainty, 0, atol=1e-5)
+    assert np.isfinite(certain.uncertainty).all()
+
+
+def test_largest_component_is_an_option(run: Path, tmp_path: Path) -> None:
+    big, centre = scan(radius_mm=6)
+    small, _ = scan(at=(0.85, 0.1, 0.9), radius_mm=3)
+    source = put(sitk.Maximum(big, small), tmp_path / "in", ".nii.gz")
+    both, one = (
+        sitk.ReadImage(str(predict(run, [source], tmp_path / name, largest_component=only, on_progress=silent)[0]))
+        for name, only in (("both", False), ("one", True))
+    )
+    assert sitk.GetArrayFromImage(both).sum() > sitk.GetArrayFromImage(one).sum()
+    assert np.abs(centroid(one) - centre).max() < 0.25 < np.abs(centroid(both) - centre).max()
+
+
+def test_a_bad_file_does_not_lose_the_others(run: Path, tmp_path: Path) -> None:
+    image, _ = scan()
+    for name in "abcd":
+        put(image, tmp_path / "in", ".nii.gz", name)
+    whole = (tmp_path / "in" / "a.nii.gz").read_bytes()
+    (tmp_path / "in" / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in" / "d.nii.gz").write_text("not an image")
+    with pytest.raises(DataError, match="2 of 4 cases failed") as caught:
+        predict(run, [tmp_path / "in"], tmp_path / "out", on_progress=silent)
+    assert "b:" in str(caught.value)
+    assert "d:" in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_a_wrong_number_of_channels_is_told(tmp_path: Path) -> None:
+    run = save_threshold(tmp_path / "run2", channels=2)
+    source = put(scan()[0], tmp_path / "in", ".nii.gz", "a_0000")
+    with pytest.raises(DataError, match="_0001"):
+        predict(run, [source], tmp_path / "out", on_progress=silent)
+
+
+def test_an_unwritable_folder_is_told_before_any_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = put(scan()[0], tmp_path / "in", ".nii.gz")
+    monkeypatch.setattr(Predictor, "predict_prepared", lambda *_: pytest.fail("worked before looking"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="choose another folder"):
+        predict(run, [source], tmp_path / "file", on_progress=silent)
+
+
+def test_an_input_is_never_replaced(run: Path, tmp_path: Path) -> None:
+    source = put(scan()[0], tmp_path / "in", ".nii.gz")
+    before = source.read_bytes()
+    with pytest.raises(DataError, match="would replace an input"):
+        predict(run, [source], tmp_path / "in", on_progress=silent)
+    assert source.read_bytes() == before
+
+
+def test_earlier_results_are_kept_when_told_so(run: Path, tmp_path: Path) -> None:
+    source = put(scan()[0], tmp_path / "in", ".nii.gz")
+    predict(run, [source], tmp_path / "out", on_progress=silent)
+    predict(run, [source], tmp_path / "out", on_progress=silent)
+    with pytest.raises(RunError, match="exists already"):
+        predict(run, [source], tmp_path / "out", overwrite=False, on_progress=silent)
+
+
+def test_progress_goes_from_nothing_to_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        put(scan()[0], tmp_path / "in", ".nii.gz", name)
+    said: list[tuple[float, int, str]] = []
+    predict(run, tmp_path / "in", tmp_path / "out", on_progress=lambda *args: said.append(args))
+    done = [entry[0] for entry in said]
+    assert done == sorted(done)
+    assert done[-1] == 2
+    assert 0 < done[0] < 1
+    assert {entry[1:] for entry in said} == {(2, "a"), (2, "b")}
+    predict(run, tmp_path / "in", tmp_path / "out")
+    assert "predict 2/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(run: Path, device: str) -> None:
+    with pytest.raises(RunError, match="device"):
+        Predictor(run, device=device)
