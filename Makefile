@@ -1,9 +1,14 @@
 # make install  builds .venv          make demo   synthetic data, a few minutes on a CPU, demo/report.html
-# make test     all tests             make check  format, lint, types        make bench  speed benchmarks
+# make test     all tests             make check  lint, format, types        make bench  speed benchmarks
+# make PYTHON=python3.12 ...          make demo OUT=demo2                    make test WORKERS=4 ARGS='-k geometry'
 
 PYTHON ?= python3
+WORKERS ?= 2
+OUT ?= demo
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: install demo test check bench clean
 
@@ -12,16 +17,16 @@ install: $(VENV)/.installed
 # torch comes first and with its exact version: an open range would fetch gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: install
-	$(BIN)/scarceseg demo --out demo
+	$(BIN)/scarceseg demo --out $(OUT)
 
-# One process a core with one thread each: tests are many small computations.
+# Tests are many small computations: one thread a process. A file stays in one process, for its fixtures.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

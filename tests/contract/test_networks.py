@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 
+from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError
 from scarceseg.networks import NETWORKS, EncoderDecoder, SegmentationNetwork, build_network, divisor_of
 
@@ -93,8 +94,7 @@ def test_memory_format_does_not_change_the_result(name: str) -> None:
     x = torch.randn(2, 1, *patch_of(network))
     with torch.no_grad():
         expected = network(x)
-        layout = torch.channels_last_3d
-        changed = network.to(memory_format=layout)(x.contiguous(memory_format=layout))
+        changed = to_memory_format(network, "channels_last_3d")(x.contiguous(memory_format=torch.channels_last_3d))
     torch.testing.assert_close(changed, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scarceseg.config import NetworkConfig
+from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import RunError
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.networks import build_network
@@ -45,7 +46,8 @@ def test_the_description_itself_may_be_named(tmp_path: Path) -> None:
 
 
 def test_hints_of_the_training_are_kept(tmp_path: Path) -> None:
-    network = build_network("vnet", 1, 2, {"n_filters": 2}).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    network = build_network("vnet", 1, 2, {"n_filters": 2})
+    to_memory_format(network, "channels_last_3d")
     save_model(tmp_path, network, NetworkConfig(args={"n_filters": 2}), plan(), {"precision": "bf16"})
     _, _, info = load_model(tmp_path)
     assert (info.memory_format, info.precision, info.device) == ("channels_last_3d", "bf16", "cpu")

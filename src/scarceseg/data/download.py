@@ -20,7 +20,7 @@ Progress = Callable[[int, int | None], None]
 
 BLOCK = 1 << 20
 ATTEMPTS = 3
-"""Tries of one address in a row that bring nothing before the next address is asked; each resumes where the last ended."""
+"""Tries of one address in a row that bring nothing, before the next address is asked."""
 
 
 class _Failed(Exception):
@@ -45,8 +45,8 @@ def download(
 ) -> Path:
     """Fetch a file, trying each address in turn.
 
-    Data goes to ``path`` + ``.part``, which a later call goes on with, and is moved to `path` when it is complete and has
-    the right hash. A file that is at `path` already and has the right hash is not fetched again.
+    Data goes to ``path`` + ``.part``, which a later call goes on with, and is moved to `path` when it is complete and
+    has the right hash. A file that is at `path` already and has the right hash is not fetched again.
 
     Args:
         urls: http or https addresses of the same file, the preferred one first.

@@ -137,7 +137,7 @@ def _train_stage(
 ) -> None:
     seed_init(config.seed)
     student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
-    fabric, memory_format = _fabric(config, folder, student, plan)
+    fabric, precision, memory_format = _fabric(config, folder, student, plan)
     student.to(fabric.device)
     for term in terms.values():
         term.attach(student)
@@ -169,8 +169,15 @@ def _train_stage(
     if not fabric.is_global_zero:
         return
     validation.load_best(student)
-    summary = {"method": config.method, "labelled": len(split.labelled), "unlabelled": len(split.unlabelled)}
-    save_model(folder, student, config.network, plan, summary | {"iterations": config.iterations, "seed": config.seed})
+    summary = {
+        "method": config.method,
+        "labelled": len(split.labelled),
+        "unlabelled": len(split.unlabelled),
+        "iterations": config.iterations,
+        "seed": config.seed,
+        "precision": precision,
+    }
+    save_model(folder, student, config.network, plan, summary)
     with timed_stage(folder, "validate"):
         finish(folder, split, config.device)
 
@@ -186,7 +193,7 @@ def _offline_stage(folder: Path, stage: str, work: Callable[[Path], None]) -> No
     write_text(done, "")
 
 
-def _fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Plan) -> tuple[Fabric, str]:
+def _fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Plan) -> tuple[Fabric, str, str]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: this machine shows no CUDA device; use --device cpu or auto")
     accelerator = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
@@ -210,7 +217,7 @@ def _fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Pl
         precision="bf16-mixed" if precision == "bf16" else "32-true",
     )
     fabric.launch()
-    return fabric, memory_format
+    return fabric, precision, memory_format
 
 
 def _sampler(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from scarceseg.config import Config
@@ -75,8 +75,7 @@ class Validation:
         self.log.record("validation", finished, {f"dice/{n}": float(d) for n, d in zip(names, dice, strict=True)})
         record = self.folder / "checkpoints" / "best.json"
         if self.config.select == "best" and mean > read_json(record, {"dice": -1.0})["dice"]:
-            weights = {key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}
-            write_atomic(self.best_file, lambda path: save_file(weights, path))
+            write_atomic(self.best_file, lambda path: save_model(student, str(path)))
             write_json(record, {"iteration": finished, "dice": mean})
 
     def _dice(self, student: nn.Module, case: PreparedCase) -> list[float]:
@@ -98,7 +97,7 @@ class Validation:
     def load_best(self, student: nn.Module) -> None:
         """Put the chosen weights into the student: the last, or with `select: best` the best."""
         if self.config.select == "best" and self.best_file.exists():
-            student.load_state_dict(load_file(self.best_file))
+            load_model(student, self.best_file)
 
 
 def finish(folder: Path, split: Split, device: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from scarceseg.data.images import list_images, read_volume
 from scarceseg.data.prepare import prepare_volume
 from scarceseg.engine.logging import Display
+from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import DataError, RunError
 from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
 from scarceseg.inference.model import load_model, save_model
@@ -45,8 +46,8 @@ class Predictor:
         self.legacy = legacy
         self.batch = batch
         network, self.plan, self.info = load_model(self.run)
-        layout = torch.channels_last_3d if self.info.memory_format == "channels_last_3d" else torch.contiguous_format
-        self.network = network.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.network = network.to(self.device)
+        to_memory_format(self.network, self.info.memory_format)
 
     @property
     def classes(self) -> tuple[str, ...]:

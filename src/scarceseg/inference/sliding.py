@@ -129,7 +129,7 @@ def _evaluating(network: object) -> Iterator[None]:
 
 
 def _home(image: torch.Tensor, device: torch.device, classes: int = 16) -> torch.device:
-    """Where windows are summed: on the device, unless twice a result of `classes` classes fills half its free memory."""
+    """Where windows are summed: on the device, unless two results of `classes` classes fill half its free memory."""
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)

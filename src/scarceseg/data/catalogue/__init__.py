@@ -1,8 +1,8 @@
 """Public datasets, one file each: where they come from, and how their published files become nnU-Net raw layout.
 
 In: a dataset's name, and a folder with its published files or a place to download them to. Out: a folder with
-``dataset.json``, ``imagesTr``, ``labelsTr`` (and ``imagesTs``, ``labelsTs``) that `scarceseg train` reads, cases named in
-the order of the benchmark's list. To add one, drop a file here that registers a `PublicDataset`.
+``dataset.json``, ``imagesTr``, ``labelsTr`` (and ``imagesTs``, ``labelsTs``) that `scarceseg train` reads, cases named
+in the order of the benchmark's list. To add one, drop a file here that registers a `PublicDataset`.
 """
 
 from __future__ import annotations

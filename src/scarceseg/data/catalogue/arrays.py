@@ -15,7 +15,7 @@ from pydantic import field_validator
 from scarceseg.config import Section
 from scarceseg.data.catalogue.base import PublicDataset
 from scarceseg.data.geometry import CANONICAL_DIRECTION
-from scarceseg.data.images import SPACING_RANGE_MM, write_image
+from scarceseg.data.images import write_image
 from scarceseg.errors import DataError
 from scarceseg.types import Geometry
 
@@ -37,9 +37,8 @@ class SpacingOptions(Section):
     @field_validator("spacing_mm")
     @classmethod
     def _in_range(cls, value: Spacing) -> Spacing:
-        low, high = SPACING_RANGE_MM
-        if not all(low <= v <= high for v in value):
-            raise ValueError(f"expected {low:g} to {high:g} mm on each axis")
+        if not all(0.01 <= v <= 100 for v in value):
+            raise ValueError("expected 0.01 to 100 mm on each axis")
         return value
 
 
@@ -91,10 +90,10 @@ def write_cases(
 ) -> None:
     """Write all cases and the JSON files.
 
-    Training cases become ``PREFIX_000`` ... in the given order. Validation cases, ``PREFIX_val_000`` ..., lie beside them
-    and come after them by name; test cases, ``PREFIX_test_000`` ..., go to ``imagesTs`` and ``labelsTs``. Intensities are
-    kept as float32. Axes are taken as those of the volume's own index, running to the patient's right, front and head,
-    since the published arrays do not tell.
+    Training cases become ``PREFIX_000`` ... in the given order. Validation cases, ``PREFIX_val_000`` ..., lie beside
+    them and come after them by name; test cases, ``PREFIX_test_000`` ..., go to ``imagesTs`` and ``labelsTs``.
+    Intensities are kept as float32. Axes are taken as those of the volume's own index, running to the patient's right,
+    front and head, since the published arrays do not tell.
 
     Raises:
         DataError: files are missing or are not arrays of a case.

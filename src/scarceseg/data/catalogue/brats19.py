@@ -37,15 +37,16 @@ DATASETS.register("brats19")(
         name="brats19",
         title="BraTS19: whole brain tumour, FLAIR MR",
         description=(
-            "MICCAI 2019 brain tumour challenge, as published by SSL4MIS: FLAIR only, cropped to the brain, brightest 0.1 % "
-            "clipped, z-scored over the brain; tumour parts merged to one class. 1 mm voxels."
+            "MICCAI 2019 brain tumour challenge, as published by SSL4MIS: FLAIR only, cropped to the brain, brightest "
+            "0.1 % clipped, z-scored over the brain; tumour parts merged to one class. 1 mm voxels."
         ),
         licence="research use, terms of the challenge",
         source="https://github.com/HiLab-git/SSL4MIS/tree/master/data/BraTS2019",
         size="335 volumes (250 training, 25 validation, 60 test)",
         channels=("FLAIR",),
         classes=("background", "whole_tumour"),
-        citation="Menze et al., IEEE TMI 34(10), 2015, doi:10.1109/TMI.2014.2377694; Bakas et al., Scientific Data 4, 2017",
+        citation="Menze et al., IEEE TMI 34(10), 2015, doi:10.1109/TMI.2014.2377694; "
+        "Bakas et al., Scientific Data 4, 2017, doi:10.1038/sdata.2017.117",
         layout="train.txt, val.txt, test.txt and the folder 'data' with NAME.h5",
     )
 )

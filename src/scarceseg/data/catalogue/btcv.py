@@ -69,7 +69,8 @@ DATASETS.register("btcv")(
         name="btcv",
         title="BTCV: thirteen abdominal organs, CT",
         description=(
-            "Multi-atlas labelling challenge 2015 (Synapse), as published by MagicNet: resampled to 1.5x1.5x2 mm, z-scored."
+            "Multi-atlas labelling challenge 2015 (Synapse), as published by MagicNet: resampled to 1.5x1.5x2 mm, "
+            "z-scored."
         ),
         licence="research use, terms of the challenge (account at Synapse)",
         source="https://github.com/DeepMed-Lab-ECNU/MagicNet",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from scarceseg.data.catalogue.arrays import SpacingOptions, first_folder, npy_case, read_list, write_cases
+from scarceseg.data.catalogue.arrays import Role, SpacingOptions, first_folder, npy_case, read_list, write_cases
 from scarceseg.data.catalogue.base import DATASETS, PublicDataset
 from scarceseg.data.catalogue.btcv import ORGANS
 
@@ -39,9 +39,14 @@ class BtcvDhc(PublicDataset):
         if root is None:
             raise self.missing(src)
         folder = root / "npy"
+        parts: tuple[tuple[Role, tuple[str, ...]], ...] = (
+            ("train", lists[1:3]),
+            ("val", lists[3:4]),
+            ("test", lists[4:]),
+        )
         cases = [
             npy_case(name, role, folder / f"{name}_image.npy", folder / f"{name}_label.npy")
-            for role, files in (("train", lists[1:3]), ("val", lists[3:4]), ("test", lists[4:5]))
+            for role, files in parts
             for file in files
             for name in read_list(root / file)
         ]
@@ -53,8 +58,8 @@ DATASETS.register("btcv-dhc")(
         name="btcv-dhc",
         title="BTCV: thirteen abdominal organs, CT, resized to 160x160x80",
         description=(
-            "Multi-atlas labelling challenge 2015 (Synapse), as published by DHC: every volume resized to 160x160x80 voxels, "
-            "Hounsfield units. The voxel spacing is lost: 1 mm is written, and distances are in voxels."
+            "Multi-atlas labelling challenge 2015 (Synapse), as published by DHC: every volume resized to 160x160x80 "
+            "voxels, Hounsfield units. The voxel spacing is lost: 1 mm is written, and distances are in voxels."
         ),
         licence="research use, terms of the challenge (account at Synapse)",
         source="https://github.com/xmed-lab/DHC",
@@ -62,7 +67,7 @@ DATASETS.register("btcv-dhc")(
         channels=("CT",),
         classes=ORGANS,
         citation="Landman et al., MICCAI Multi-Atlas Labeling Beyond the Cranial Vault, 2015, doi:10.7303/syn3193805",
-        layout="the folders 'splits' (labeled_20p.txt, unlabeled_20p.txt, eval.txt, test.txt) and 'npy' (NAME_image.npy, "
-        "NAME_label.npy)",
+        layout="the folders 'splits' (labeled_20p.txt, unlabeled_20p.txt, eval.txt, test.txt) and 'npy' "
+        "(NAME_image.npy, NAME_label.npy)",
     )
 )

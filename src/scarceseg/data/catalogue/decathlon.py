@@ -20,8 +20,8 @@ from scarceseg.errors import DataError
 class Decathlon(PublicDataset):
     """A task as its tar file holds it: ``dataset.json``, ``imagesTr``, ``labelsTr``, ``imagesTs``.
 
-    Volumes of several channels are 4D there and become one file a channel; everything else is copied as it is. Names and
-    their order are kept. Test cases have no label. Hidden files (``._NAME``) are left out, since only files that
+    Volumes of several channels are 4D there and become one file a channel; everything else is copied as it is. Names
+    and their order are kept. Test cases have no label. Hidden files (``._NAME``) are left out, since only files that
     ``dataset.json`` lists are looked at.
     """
 
@@ -63,8 +63,8 @@ class Decathlon(PublicDataset):
             ) from None
         if (len(channels), len(classes)) != (len(self.channels), len(self.classes)):
             raise DataError(
-                f"{path} is another task: expected {len(self.channels)} channel(s) and the classes {', '.join(self.classes)}, "
-                f"got {len(channels)} and {', '.join(classes)}"
+                f"{path} is another task: expected {len(self.channels)} channel(s) and the classes "
+                f"{', '.join(self.classes)}, got {len(channels)} and {', '.join(classes)}"
             )
         return training, test
 

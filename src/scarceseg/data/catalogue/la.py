@@ -41,8 +41,8 @@ DATASETS.register("la")(
         name="la",
         title="LA: left atrium, late-gadolinium-enhanced MR",
         description=(
-            "STACOM 2018 Atrial Segmentation Challenge, as published by UA-MT: z-scored, and cropped around the atrium in "
-            "plane with the reference mask, so that results compare with the papers and say little about whole scans."
+            "STACOM 2018 Atrial Segmentation Challenge, as published by UA-MT: z-scored, and cropped around the atrium "
+            "in plane with the reference mask, so that results compare with the papers but say little of whole scans."
         ),
         licence="research use, terms of the challenge",
         source="https://github.com/yulequan/UA-MT",
@@ -50,6 +50,6 @@ DATASETS.register("la")(
         channels=("LGE-MRI",),
         classes=("background", "left_atrium"),
         citation="Xiong et al., Medical Image Analysis 67, 2021, doi:10.1016/j.media.2020.101832",
-        layout=f"train.list, test.list and the folder '{CASES}' with NAME/mri_norm2.h5 (in it, or in its folder 'data')",
+        layout=f"train.list, test.list and the folder '{CASES}' with NAME/mri_norm2.h5 (in it, or in its 'data')",
     )
 )

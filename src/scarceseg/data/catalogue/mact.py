@@ -28,9 +28,9 @@ def fold_split(fold: int) -> tuple[list[int], list[int]]:
     """Training and test cases of a fold, as numbers 1 to 90, at most 66 and 22.
 
     Cases are shuffled and cut into four parts as scikit-learn's ``KFold(4, shuffle=True, random_state=1337)`` does. The
-    published script then shuffles the training part once more before it counts off the labelled cases; only in the first
-    fold does that not depend on how long training took, so there the order is the published one, in the others it is
-    ascending.
+    published script then shuffles the training part once more before it counts off the labelled cases; only in the
+    first fold does that not depend on how long training took, so there the order is the published one, in the others it
+    is ascending.
     """
     order = np.arange(CASES)
     np.random.RandomState(SEED).shuffle(order)
@@ -63,8 +63,8 @@ DATASETS.register("mact")(
         name="mact",
         title="MACT: eight abdominal organs, CT",
         description=(
-            "Multi-organ abdominal CT reference standard segmentations (volumes of TCIA Pancreas-CT and BTCV), as published "
-            "by MagicNet. The voxel spacing is not stored: 1 mm is written, and distances are in voxels."
+            "Multi-organ abdominal CT reference standard segmentations (volumes of TCIA Pancreas-CT and BTCV), as "
+            "published by MagicNet. The voxel spacing is not stored: 1 mm is written, and distances are in voxels."
         ),
         licence="terms of TCIA Pancreas-CT, BTCV and the page of the segmentations",
         source="https://github.com/DeepMed-Lab-ECNU/MagicNet",

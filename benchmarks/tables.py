@@ -1,0 +1,107 @@
+"""Results in benchmarks/results/ -> the tables in README.md and benchmarks/README.md, between their markers.
+
+    python benchmarks/tables.py [--check]
+
+A row whose code has changed since it was measured is marked as stale. With --check nothing is written and the exit
+status says whether the tables are up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, code_hash
+
+from scarceseg.evaluation.tables import markdown_table, published_rows
+
+STALE = "†"
+METHODS = ("supervised", "mean-teacher", "ua-mt")
+
+
+def load(folder: str) -> list[dict[str, Any]]:
+    """All results of one folder, by file name."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))]
+
+
+def la_development() -> str:
+    """LA development split, with the published figures (full resolution, other test cases) beside ours."""
+    now = code_hash()
+    rows = sorted(load("la_development"), key=lambda r: (r["labels"], METHODS.index(r["method"]), r["config"]["seed"]))
+    lines = []
+    for row in rows:
+        published = [p.dice for p in published_rows("LA", row["labels"]) if p.method == row["method"]]
+        mark = "" if row["code"] == now else f" {STALE}"
+        lines.append(
+            {
+                "labels": row["labels"],
+                "method": row["method"],
+                "Dice [%]": f"{100 * row['dice']:.1f}{mark}",
+                "HD95 [mm]": _number(row["hd95_mm"]),
+                "ASD [mm]": _number(row["asd_mm"]),
+                "failed": row["failed"],
+                "s/step": f"{row['seconds_per_step']:.2f}",
+                "published Dice": " / ".join(f"{p:.1f}" for p in published) or "-",
+            }
+        )
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
+def step_speed() -> str:
+    """Time of a full-resolution step by arithmetic, and its ratio to float32 in the default layout."""
+    now = code_hash()
+    lines = []
+    for row in load("step_speed"):
+        for key, seconds in row["seconds"].items():
+            lines.append(
+                {
+                    "method": row["method"],
+                    "patch": "x".join(map(str, row["patch"])),
+                    "arithmetic": key.replace("/", ", "),
+                    "s/step": f"{seconds:.2f}" + ("" if row["code"] == now else f" {STALE}"),
+                    "times faster": f"{row['ratio'][key]:.2f}",
+                    "processor": f"{row['processor']}, {row['threads']} threads",
+                }
+            )
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+TABLES = {"la-development": la_development, "step-speed": step_speed}
+
+
+def fill(text: str) -> str:
+    """Put every table between its two markers."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
+        if start in text:
+            before, rest = text.split(start, 1)
+            after = rest.split(end, 1)[1]
+            text = f"{before}{start}\n{make().strip()}\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    late = []
+    for path in (ROOT / "README.md", Path(__file__).with_name("README.md")):
+        text = path.read_text()
+        if fill(text) != text:
+            late.append(path.name)
+            if not check:
+                path.write_text(fill(text))
+    if check and late:
+        sys.exit(f"tables out of date in {', '.join(late)}: run python benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()
