@@ -27,7 +27,7 @@ def code_hash(parts: tuple[str, ...] = TRAINING) -> str:
     for part in parts:
         path = PACKAGE / part
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            tree = ast.parse(file.read_text())
+            tree = ast.parse(file.read_text(encoding="utf-8"))
             for node in ast.walk(tree):
                 body = getattr(node, "body", None)
                 if (
@@ -61,7 +61,7 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
-    text = info.read_text()
+    text = info.read_text(encoding="utf-8")
     name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
     extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
     return f"{name} ({', '.join(extensions)})"

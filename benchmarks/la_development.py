@@ -39,12 +39,12 @@ def configuration(dataset: Path, method: str, labels: int, seed: int, iterations
 
 def summary(run: Path, config: Config) -> dict[str, Any]:
     """Aggregate numbers of a finished run; nothing in it comes from a single volume."""
-    mean = json.loads((run / "evaluation.json").read_text())
+    mean = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     (values,) = mean["mean"].values()
-    stages = json.loads((run / "stages.json").read_text())
-    environment = json.loads((run / "environment.json").read_text())
-    split = json.loads((run / "split.json").read_text())
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    stages = json.loads((run / "stages.json").read_text(encoding="utf-8"))
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    split = json.loads((run / "split.json").read_text(encoding="utf-8"))
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [entry["seconds"] / config.log_every for entry in last if entry["stage"] == "train" and entry["iteration"]]
     return {
         "method": config.method,
@@ -91,7 +91,7 @@ def main() -> None:
             except ScarceSegError as error:
                 print(f"{name}: {error}", flush=True)
                 continue
-            result = summary(run, config) | json.loads(stamp.read_text())
+            result = summary(run, config) | json.loads(stamp.read_text(encoding="utf-8"))
             save(f"la_development/{name}", result)
             print(f"{name}: Dice {result['dice']:.4f} HD95 {result['hd95_mm']} ASD {result['asd_mm']} mm", flush=True)
 

@@ -24,7 +24,7 @@ METHODS = ("supervised", "mean-teacher", "ua-mt")
 
 def load(folder: str) -> list[dict[str, Any]]:
     """All results of one folder, by file name."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / folder).glob("*.json"))]
 
 
 def la_development() -> str:
@@ -94,7 +94,7 @@ def main() -> None:
     check = parser.parse_args().check
     late = []
     for path in (ROOT / "README.md", Path(__file__).with_name("README.md")):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if fill(text) != text:
             late.append(path.name)
             if not check:

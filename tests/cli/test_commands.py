@@ -83,7 +83,7 @@ def test_plan(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--patch", "15,16,16"], ["15", "16"]),
         (["--spacing", "abc"], ["--spacing", "abc"]),
         (["--spacing", "0"], ["spacing"]),
-        (["--labeled", "0"], ["labelled"]),
+        (["--labeled", "0"], ["labeled", "got 0"]),
         (["--labeled", "99"], ["99"]),
         (["--labeled", "case_00,case_77"], ["case_77"]),
         (["--val", "case_7*"], ["case_7*"]),
@@ -142,7 +142,7 @@ def test_datasets_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_load_torch() -> None:
     code = "import sys, scarceseg.cli as c\ntry:\n c.main(['--help'])\nexcept SystemExit:\n pass\nsys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     for command in ("demo", "plan", "train", "predict", "evaluate", "datasets", "report"):
         assert command in done.stdout

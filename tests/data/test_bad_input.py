@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 
 from scarceseg.data.dataset import load_dataset, make_split
+from scarceseg.data.geometry import to_sitk
 from scarceseg.data.images import read_image, read_label, read_volume, write_image
 from scarceseg.data.prepare import prepare_cases
 from scarceseg.errors import DataError
@@ -72,12 +73,23 @@ def test_floats_as_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_not_finite(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii", ".nii.gz"])
+def test_not_finite(tmp_path: Path, value: float, ending: str) -> None:
     array = smooth(GRID.size)
     array[0, 0, :3] = value
-    write_image(array, GRID, tmp_path / "x.nrrd")
+    path = tmp_path / f"x{ending}"
+    sitk.WriteImage(to_sitk(array, GRID), str(path))
     with pytest.raises(DataError, match="3 NaN or infinite voxels of 120"):
-        read_image(tmp_path / "x.nrrd")
+        read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8"])
+def test_not_finite_in_a_large_nifti_of_any_byte_order(tmp_path: Path, kind: str) -> None:
+    array = np.ones((80, 70, 90), kind)
+    array[3, 4, 5] = array[79, 69, 89] = np.nan
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii.gz")
+    with pytest.raises(DataError, match="2 NaN or infinite voxels of 504000"):
+        read_image(tmp_path / "x.nii.gz")
 
 
 def test_values_beyond_float32(tmp_path: Path) -> None:

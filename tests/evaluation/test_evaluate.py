@@ -154,6 +154,16 @@ def test_unpaired_cases(folders: tuple[Path, Path]) -> None:
         evaluate(*folders)
 
 
+def test_maps_beside_the_masks_are_passed_over(folders: tuple[Path, Path]) -> None:
+    plain = evaluate(*folders)
+    for name in ("a_uncertainty.nii.gz", "b_prob_heart.nii.gz"):
+        put(folders[0], name, np.full((9, 7, 5), 0.3, np.float32))
+    assert evaluate(*folders) == plain
+    put(folders[0], "x_uncertainty.nii.gz", labels(0))
+    with pytest.raises(DataError, match="1 of 4 predictions.*x_uncertainty"):
+        evaluate(*folders)
+
+
 def test_one_bad_pair_keeps_the_others(folders: tuple[Path, Path], tmp_path: Path) -> None:
     good = evaluate(*folders)
     (folders[0] / "b.nii.gz").write_bytes(b"not an image")

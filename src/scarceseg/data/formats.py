@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import nibabel
 import numpy as np
@@ -56,18 +56,19 @@ def skewed(path: Path) -> DataError:
 
 
 def check_nifti(path: Path) -> None:
-    """Look at header and length ourselves: ITK reads a cut file as zeros and replaces a spacing of zero by one.
+    """Look at header, length and values ourselves.
+
+    ITK reads a cut file as zeros, replaces a spacing of zero by one, and NaN or infinite voxels by zero.
 
     Raises:
-        DataError: fewer bytes than the header promises, no NIfTI header, or a spacing that is not above zero.
+        DataError: fewer bytes than the header promises, no NIfTI header, a spacing that is not above zero, or voxels
+            that are not finite.
     """
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             block = file.read(540)
             header = _nifti_header(block)
-            length = len(block)
-            while chunk := file.read(1 << 20):
-                length += len(chunk)
+            length, bad = _scan(file, block, header)
         voxels = math.prod(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
         expected = int(header["vox_offset"]) + voxels * int(header["bitpix"]) // 8
     except (EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
@@ -75,6 +76,8 @@ def check_nifti(path: Path) -> None:
             f"cannot read {path}: it is truncated, damaged or not a NIfTI file ({reason(error)}); "
             "restore or export it again"
         ) from None
+    if bad and length >= expected:
+        raise not_finite(path, bad, voxels)
     if length < expected:
         raise DataError(
             f"cannot read {path}: it is truncated, expected {expected} bytes and got {length}; "
@@ -83,6 +86,33 @@ def check_nifti(path: Path) -> None:
     spacing = [float(value) for value in header["pixdim"][1:4]]
     if not all(math.isfinite(value) and value > 0 for value in spacing):
         raise _spacing_error(path, spacing)
+
+
+def not_finite(path: Path, bad: int, voxels: int) -> DataError:
+    """The error for voxels that hold no number."""
+    return DataError(
+        f"{path}: expected finite values, got {bad} NaN or infinite voxels of {voxels}; "
+        "replace them, for instance by the background value"
+    )
+
+
+def _scan(file: IO[bytes], block: bytes, header: Any) -> tuple[int, int]:
+    """Bytes of a NIfTI file, and how many of its voxels are not finite; `block` is what has been read of it."""
+    kind = header.get_data_dtype()
+    length, bad = len(block), 0
+    rest = block[max(int(header["vox_offset"]), 0) :]
+    while chunk := file.read(1 << 20):
+        skipped = max(int(header["vox_offset"]) - length, 0)
+        length += len(chunk)
+        if np.issubdtype(kind, np.floating):
+            rest += chunk[skipped:]
+            whole = len(rest) - len(rest) % kind.itemsize
+            bad += whole // kind.itemsize - int(np.count_nonzero(np.isfinite(np.frombuffer(rest[:whole], kind))))
+            rest = rest[whole:]
+    if np.issubdtype(kind, np.floating) and len(rest) >= kind.itemsize:  # a file no longer than the first block
+        values = np.frombuffer(rest[: len(rest) - len(rest) % kind.itemsize], kind)
+        bad += values.size - int(np.count_nonzero(np.isfinite(values)))
+    return length, bad
 
 
 def _nifti_header(block: bytes) -> Any:

@@ -19,6 +19,7 @@ from scarceseg.data.formats import (
     check_spacing,
     image_suffix,
     read_file,
+    not_finite,
     read_series,
     reason,
     series_in,
@@ -86,10 +87,7 @@ def _check_finite(array: NDArray[Any], path: Path) -> None:
     if np.issubdtype(array.dtype, np.floating):
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
         if bad:
-            raise DataError(
-                f"{path}: expected finite values, got {bad} NaN or infinite voxels of {array.size}; "
-                "replace them, for instance by the background value"
-            )
+            raise not_finite(path, bad, array.size)
 
 
 def _three_axes(image: sitk.Image, path: Path) -> sitk.Image:

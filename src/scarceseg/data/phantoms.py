@@ -140,7 +140,7 @@ def make_phantom(seed: int | Sequence[int], config: PhantomConfig | None = None)
         scene = Scene(rng, config.shape, config.variety, _intensities(rng, config), config.labels)
         _paint_surroundings(scene, config.distractors)
         _paint_targets(scene, config.pathology)
-        if len(np.unique(scene.label)) == config.classes + 1:
+        if np.all(np.bincount(scene.label.ravel(), minlength=config.classes + 1)):
             return _measure(scene.image, rng, config), scene.label, _grid(rng, config)
     raise ConfigError(
         f"a phantom of {config.shape} voxels is too small to hold {config.classes} classes: enlarge the shape"

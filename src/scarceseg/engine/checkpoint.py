@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
     """Atomic write of a small text file."""
 
     def write(file: Path) -> None:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
 
     write_atomic(path, write)
 

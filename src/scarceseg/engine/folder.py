@@ -77,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, default: Any) -> Any:
     """Content of a JSON file, or `default` when there is none."""
-    return json.loads(path.read_text()) if path.exists() else default
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
 
 @contextmanager

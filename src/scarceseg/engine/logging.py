@@ -86,7 +86,7 @@ class RunLog:
         """Append one line."""
         if not self.active:
             return
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, "stage": stage, **values}) + "\n")
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -100,7 +100,7 @@ class RunLog:
         if not self.active or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:

@@ -107,7 +107,7 @@ def _plan(
                 f"the cases of {dataset.folder} are not those the run {folder} was started with ({split_file}): "
                 "restore the dataset, or start a new run"
             )
-        return Plan.model_validate_json(plan_file.read_text())
+        return Plan.model_validate_json(plan_file.read_text(encoding="utf-8"))
     plan = make_plan(fingerprint(dataset, split), dataset, split, config, divisor)
     write_json(split_file, split.to_json())
     write_text(plan_file, plan.model_dump_json(indent=1) + "\n")

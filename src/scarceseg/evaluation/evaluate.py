@@ -49,7 +49,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Compare label files, found by case name: the file name without its ending, so that formats may differ.
 
-    Every prediction needs a reference; a reference without prediction is left out with a warning. Label values are
+    Every prediction needs a reference; a reference without prediction is left out with a warning. Probability and
+    uncertainty files that `predict` wrote beside the masks are passed over. Label values are
     named by the ``dataset.json`` beside the folder of references (or in it) when there is one, otherwise by themselves.
     A class that is in neither file of a case counts as two empty masks (Dice 1, distances 0).
 
@@ -115,6 +116,8 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
         {_case_name(predictions): predictions} if predictions.is_file() else _label_files(predictions, "predictions")
     )
     known = _label_files(references, "references")
+    maps = {name for name in found.keys() - known.keys() if _is_map(name, known)}
+    found = {case: path for case, path in found.items() if case not in maps}
     if missing := sorted(found.keys() - known.keys()):
         raise DataError(
             f"{len(missing)} of {len(found)} predictions have no reference of the same name in {references}: "
@@ -127,6 +130,11 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
             f"{len(unused)} of {len(known)} references have no prediction and are left out: {_some(unused)}"
         )
     return {case: (found[case], known[case]) for case in sorted(found)}, warnings
+
+
+def _is_map(name: str, known: Iterable[str]) -> bool:
+    """Whether a file is what `predict` writes beside the mask of a known case: its uncertainty or a probability."""
+    return any(name.startswith((f"{case}_prob_", f"{case}_uncertainty")) for case in known)
 
 
 def _label_files(folder: Path, role: str) -> dict[str, Path]:

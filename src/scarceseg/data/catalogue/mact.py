@@ -28,9 +28,9 @@ def fold_split(fold: int) -> tuple[list[int], list[int]]:
     """Training and test cases of a fold, as numbers 1 to 90, at most 66 and 22.
 
     Cases are shuffled and cut into four parts as scikit-learn's ``KFold(4, shuffle=True, random_state=1337)`` does. The
-    published script then shuffles the training part once more before it counts off the labelled cases; only in the
-    first fold does that not depend on how long training took, so there the order is the published one, in the others it
-    is ascending.
+    published script then shuffles the training part once more before it counts off the labelled cases and leaves out
+    those beyond 66. Only in the first fold does that not depend on how long training took: there order and choice are
+    the published ones. In the others the order is ascending, and the one or two cases left out are the last.
     """
     order = np.arange(CASES)
     np.random.RandomState(SEED).shuffle(order)
