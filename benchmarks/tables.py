@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, code_hash
-
 from scarceseg.evaluation.tables import markdown_table, published_rows
 
 STALE = "†"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 
 from scarceseg.config import Config
+from scarceseg.engine.folder import read_json, write_json
 from scarceseg.engine.run import train
 from scarceseg.errors import RunError
 from scarceseg.evaluation.evaluate import evaluate
@@ -34,7 +35,7 @@ def run_demo(out: Path, seed: int = 0) -> Path:
     """Make volumes, train each method on two labelled ones, predict and evaluate unseen ones, and report.
 
     Args:
-        out: folder to make; it must not exist or be empty.
+        out: folder to make, or one of an earlier demo with the same seed: what is finished there is not done again.
         seed: of the volumes and the training.
 
     Returns:
@@ -47,19 +48,23 @@ def run_demo(out: Path, seed: int = 0) -> Path:
     from scarceseg.evaluation.tables import print_evaluation
     from scarceseg.report import build_demo_report
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not empty: choose another --out")
+    mark = out / "demo.json"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and read_json(mark, None) != {"seed": seed}:
+        raise RunError(f"{out} exists and is not a demo with seed {seed}: choose another --out")
     data = out / "data"
-    write_phantom_dataset(data, CASES, LABELLED, PhantomConfig(), seed, test_cases=TEST)
+    write_json(mark, {"seed": seed})
+    if not (data / "dataset.json").exists():
+        shutil.rmtree(data, ignore_errors=True)  # what an interrupted demo left
+        write_phantom_dataset(data, CASES, LABELLED, PhantomConfig(), seed, test_cases=TEST)
     runs = {}
     for method in METHODS:
         run = out / method
         print(f"{method}: training on {LABELLED} labelled and {CASES - LABELLED} unlabelled volumes", flush=True)
-        train(demo_config(data, method, seed), run, cache=out / "cache")
+        train(demo_config(data, method, seed), run, resume=True, cache=out / "cache")
         predict(run, [data / "imagesTs"], out / "predictions" / method)
         result = evaluate(out / "predictions" / method, data / "labelsTs", json=run / "test.json")
         print_evaluation(result.to_json())
         runs[method] = run
-    summary = {method: json.loads((run / "test.json").read_text())["mean"] for method, run in runs.items()}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary = {method: read_json(run / "test.json", {})["mean"] for method, run in runs.items()}
+    write_json(out / "summary.json", summary)
     return build_demo_report(out, runs)

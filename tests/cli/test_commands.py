@@ -141,7 +141,7 @@ def test_datasets_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_does_not_load_torch() -> None:
-    code = "import sys, scarceseg.cli as c\ntry:\n c.main(['--help'])\nexcept SystemExit:\n pass\nsys.exit('torch' in sys.modules)"
+    code = "import sys, scarceseg.cli as c\ntry:\n c.main(['--help'])\nexcept SystemExit:\n sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     for command in ("demo", "plan", "train", "predict", "evaluate", "datasets", "report"):

@@ -51,7 +51,7 @@ def entry_path(folder: Path, name: str, sources: Sequence[Path], how: Mapping[st
 def load(entry: Path) -> tuple[NDArray[Any], dict[str, Any]] | None:
     """The entry, or None when it is absent, cut short or otherwise not what was written."""
     try:
-        notes = json.loads(entry.with_suffix(".json").read_text())
+        notes = json.loads(entry.with_suffix(".json").read_text(encoding="utf-8"))
         array = np.load(entry, mmap_mode="r", allow_pickle=False)
         whole = list(array.shape) == notes["shape"] and array.dtype.str == notes["dtype"]
         return (array, notes) if whole and entry.stat().st_size == notes["bytes"] else None

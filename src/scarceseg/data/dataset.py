@@ -95,7 +95,7 @@ class Split:
             DataError: the file is unreadable or not a split, or names a case the dataset does not have.
         """
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             roles = {role: [str(name) for name in values[role]] for role in ("labelled", "unlabelled", "val")}
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"{path}: expected case names under labelled, unlabelled and val; restore it") from None

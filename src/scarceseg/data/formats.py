@@ -96,7 +96,7 @@ def not_finite(path: Path, bad: int, voxels: int) -> DataError:
     )
 
 
-def _scan(file: IO[bytes], block: bytes, header: Any) -> tuple[int, int]:
+def _scan(file: IO[bytes] | gzip.GzipFile, block: bytes, header: Any) -> tuple[int, int]:
     """Bytes of a NIfTI file, and how many of its voxels are not finite; `block` is what has been read of it."""
     kind = header.get_data_dtype()
     length, bad = len(block), 0

@@ -26,7 +26,7 @@ from scarceseg.data.scene import Scene, Shape, grown, smooth_fields, union
 from scarceseg.errors import ConfigError, RunError
 from scarceseg.types import Geometry, LabelMap, Volume
 
-STRUCTURES = ("chamber", "wall", "pool", "lobe", "vessel", "gland")
+STRUCTURES = ("chamber", "lobe", "wall", "pool", "vessel", "gland")
 """Structures in the order in which `PhantomConfig.classes` labels them. All are in every image, labelled or not."""
 
 TISSUES = ("air", "lung", "bone", "soft", "muscle", "parenchyma", "fat", "blood")
@@ -79,10 +79,10 @@ class PhantomConfig:
     channels: int = 1
     variety: float = 1.0
     contrast: float = 1.0
-    noise: float = 0.07
+    noise: float = 0.05
     noise_kind: Literal["rician", "gaussian"] = "rician"
-    texture: float = 0.06
-    bias: float = 0.15
+    texture: float = 0.05
+    bias: float = 0.12
     blur_voxel: float = 0.5
     distractors: int = 6
     pathology: float = 0.25

@@ -126,7 +126,7 @@ def _read_info(folder: Path) -> ModelInfo:
         hint = "its training has not finished, resume it" if started else "give the folder a training wrote"
         raise RunError(f"{folder} holds no model.json: {hint}")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         version = values.get("format", 0)
         if isinstance(version, int) and version > MODEL_FORMAT:
             raise RunError(f"{path} has format {version}, this version reads up to {MODEL_FORMAT}: update scarceseg")
