@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,11 +173,16 @@ def evaluate(
     ] = "nan",
 ) -> None:
     """Dice, Jaccard, ASD, ASSD and HD95 of every case and class."""
+    from scarceseg.evaluation.evaluate import IncompleteEvaluation
     from scarceseg.evaluation.evaluate import evaluate as evaluate_files
     from scarceseg.evaluation.tables import print_evaluation
 
-    result = evaluate_files(predictions, references, json=json, csv=csv, units=units, empty=empty)  # type: ignore[arg-type]
-    print_evaluation(result.to_json())
+    try:
+        result = evaluate_files(predictions, references, json=json, csv=csv, units=units, empty=empty)  # type: ignore[arg-type]
+    except IncompleteEvaluation as error:
+        print_evaluation(error.result)
+        raise
+    print_evaluation(result)
 
 
 @app.command()
@@ -198,7 +204,7 @@ def datasets_list() -> None:
 @datasets_app.command("get")
 def datasets_get(
     name: Annotated[str, typer.Argument(help="Dataset name, see 'datasets list'.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(),
+    out: Annotated[Path, typer.Option(help="Folder in which the dataset's own folder is made.")] = Path(),
 ) -> None:
     """Download an openly available dataset and convert it."""
     from scarceseg.data.catalogue import get_dataset
@@ -211,11 +217,16 @@ def datasets_convert(
     name: Annotated[str, typer.Argument(help="Dataset name, see 'datasets list'.")],
     src: Annotated[Path, typer.Argument(help="Folder with the published files.")],
     dst: Annotated[Path, typer.Argument(help="Folder to make, in nnU-Net raw layout.")],
+    set_: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", help="Option of the dataset, KEY=VALUE, such as spacing_mm=1 or fold=2."),
+    ] = None,
 ) -> None:
     """Convert the files of a public benchmark to nnU-Net raw layout."""
     from scarceseg.data.catalogue import convert_dataset
+    from scarceseg.settings import read_assignments
 
-    typer.echo(f"dataset: {convert_dataset(name, src, dst)}")
+    typer.echo(f"dataset: {convert_dataset(name, src, dst, **read_assignments(set_ or []))}")
 
 
 def _config(
@@ -236,6 +247,13 @@ def _guarded(call: Callable[[], Any]) -> int:
         call()
     except ScarceSegError as error:
         typer.echo(f"error: {error}", err=True)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT):
+            raise
+        typer.echo(
+            f"error: {error}: free the disk, or choose a place that may be written; what is done is kept", err=True
+        )
         return 2
     except Interrupted as error:
         typer.echo(str(error), err=True)

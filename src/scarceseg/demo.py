@@ -63,7 +63,7 @@ def run_demo(out: Path, seed: int = 0) -> Path:
         train(demo_config(data, method, seed), run, resume=True, cache=out / "cache")
         predict(run, [data / "imagesTs"], out / "predictions" / method)
         result = evaluate(out / "predictions" / method, data / "labelsTs", json=run / "test.json")
-        print_evaluation(result.to_json())
+        print_evaluation(result)
         runs[method] = run
     summary = {method: read_json(run / "test.json", {})["mean"] for method, run in runs.items()}
     write_json(out / "summary.json", summary)

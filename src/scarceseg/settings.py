@@ -28,14 +28,25 @@ def config_from_flags(recipe: str | None, saved: Path | None, assignments: list[
     if recipe is not None:
         values = merge(values, read_recipe(recipe))
     values = merge(values, _nested({key: value for key, value in flags.items() if value is not None}))
-    for text in assignments:
-        values = merge(values, _assignment(text))
+    values = merge(values, read_assignments(assignments))
     if not values.get("dataset"):
         raise ConfigError(
             "no dataset given: name a folder in nnU-Net raw layout, as in 'scarceseg train DATASET --out RUN'"
         )
     values["val"] = _patterns(values.get("val", []), Path(str(values["dataset"])))
     return Config.build(values, source="settings")
+
+
+def read_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Values of ``KEY=VALUE`` texts, dots in KEY making groups and VALUE being YAML.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    values: dict[str, Any] = {}
+    for text in assignments:
+        values = merge(values, _assignment(text))
+    return values
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:
