@@ -22,7 +22,6 @@ app = typer.Typer(
 datasets_app = typer.Typer(help="Public datasets: list, download, convert.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
 
-# Optional[...] and not `| None`: Typer evaluates the annotations.
 DatasetArg = Annotated[Path, typer.Argument(help="Folder in nnU-Net raw layout (dataset.json, imagesTr, labelsTr).")]
 LabeledOpt = Annotated[
     str | None, typer.Option(help="Number of labelled cases kept (first by name), or their names a,b,c.")
@@ -218,7 +217,7 @@ def datasets_convert(
     src: Annotated[Path, typer.Argument(help="Folder with the published files.")],
     dst: Annotated[Path, typer.Argument(help="Folder to make, in nnU-Net raw layout.")],
     set_: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--set", help="Option of the dataset, KEY=VALUE, such as spacing_mm=1 or fold=2."),
     ] = None,
 ) -> None:

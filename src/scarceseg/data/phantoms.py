@@ -30,7 +30,7 @@ STRUCTURES = ("chamber", "lobe", "wall", "pool", "vessel", "gland")
 """Structures in the order in which `PhantomConfig.classes` labels them. All are in every image, labelled or not."""
 
 TISSUES = ("air", "lung", "bone", "soft", "muscle", "parenchyma", "fat", "blood")
-FIRST_CHANNEL = (0.02, 0.10, 0.30, 0.44, 0.58, 0.70, 0.80, 0.84)
+FIRST_CHANNEL = (0.02, 0.12, 0.28, 0.42, 0.55, 0.68, 0.86, 0.92)
 """Intensity of each tissue in channel 0, before contrast and jitter."""
 
 LINING = 0.045
@@ -60,7 +60,7 @@ class PhantomConfig:
         channels: images of one case; each further one shows the same tissues with other intensities.
         variety: 0 makes all cases alike in shape and intensity, 1 is usual, 2 is wild.
         contrast: factor on the differences between tissues.
-        noise: standard deviation; blood is about 0.84 and soft tissue 0.44 on this scale.
+        noise: standard deviation; blood is about 0.9 and soft tissue 0.4 on this scale.
         noise_kind: "rician" as in magnitude MR images, or "gaussian".
         texture: relative amplitude of a fine pattern within tissues.
         bias: amplitude of the smooth multiplicative field (standard deviation of its logarithm).
@@ -79,12 +79,12 @@ class PhantomConfig:
     channels: int = 1
     variety: float = 1.0
     contrast: float = 1.0
-    noise: float = 0.05
+    noise: float = 0.04
     noise_kind: Literal["rician", "gaussian"] = "rician"
     texture: float = 0.05
-    bias: float = 0.12
+    bias: float = 0.1
     blur_voxel: float = 0.5
-    distractors: int = 6
+    distractors: int = 4
     pathology: float = 0.25
     oblique_deg: float = 0.0
 
@@ -218,7 +218,7 @@ def _intensities(rng: np.random.Generator, config: PhantomConfig) -> dict[str, N
         table[0, channel] = FIRST_CHANNEL[0]
     soft = table[TISSUES.index("soft")]
     table = soft + config.contrast * (table - soft)
-    table += rng.normal(0, 0.03 * config.variety, table.shape)
+    table += rng.normal(0, 0.025 * config.variety, table.shape)
     return {name: np.maximum(values, 0.0) for name, values in zip(TISSUES, table, strict=True)}
 
 

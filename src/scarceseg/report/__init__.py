@@ -4,9 +4,8 @@ In: what a run leaves in its folder, whole or in part. Out: ``report.html`` (`bu
 side by side), made of pictures (`figures`), charts (`charts`), what is read from the folder (`folder`) and templates.
 """
 
+from scarceseg.report.build import build_report
+from scarceseg.report.demo import build_demo_report
 from scarceseg.report.figures import overlay_png
 
-def build_report(run):
-    return run
-def build_demo_report(f, r):
-    return f
+__all__ = ["build_demo_report", "build_report", "overlay_png"]

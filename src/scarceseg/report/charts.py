@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 360, 190
@@ -42,7 +42,6 @@ class Group:
     name: str
     values: Mapping[str, float]
     colour: int = 0
-    note: str = field(default="")
 
 
 def line_chart(title: str, lines: Sequence[Line], note: str = "", y_range: tuple[float, float] | None = None) -> Markup:
@@ -50,100 +49,91 @@ def line_chart(title: str, lines: Sequence[Line], note: str = "", y_range: tuple
 
     Args:
         title: caption.
-        lines: curves, not all empty.
+        lines: curves.
         note: further words in the caption.
         y_range: of the axis; None fits the values.
+
+    Returns:
+        HTML, empty when no line has a finite value.
     """
     finite = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
     if not finite:
         return Markup("")
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
-    low, high = y_range or (min(y for _, y in finite), max(y for _, y in finite))
     x_low, x_high = (x_low, x_high) if x_high > x_low else (x_low - 1, x_high + 1)
-    pad = 0.0 if y_range else max((high - low) * 0.06, abs(high) * 1e-3, 1e-9)
-    low, high = (low - pad if low < 0 or low > pad else min(low, 0.0)), high + pad
-    place = _Axes(x_low, x_high, low, high)
-    parts = [place.frame()]
+    axes = _Axes(x_low, x_high, *(y_range or _fit([y for _, y in finite])))
+    parts = [axes.frame()]
     for line in lines:
         x, y = _thin(line)
-        parts.append(place.path(x, y, f"line c{line.colour % COLOURS}" + (" faint" if line.smooth else "")))
+        kind = f"line c{line.colour % COLOURS}"
+        parts.append(axes.path(x, y, f"{kind} faint" if line.smooth else kind))
         if line.smooth:
-            parts.append(place.path(x, _running_mean(y), f"line c{line.colour % COLOURS}"))
-        if len(x) == 1:
-            parts.append(place.dot(x[0], y[0], line.colour))
-    parts.append(Markup('<line class="cursor" y1="{}" y2="{}" x1="-9" x2="-9"/>').format(TOP, HEIGHT - BOTTOM))
-    picture = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, title, Markup("").join(parts)
-    )
-    caption = Markup('<figcaption><b>{}</b> <span class="muted">{}</span></figcaption>').format(title, note)
+            parts.append(axes.path(x, _running_mean(y), kind))
+        if len(x) == 1 and math.isfinite(y[0]):
+            parts.append(_svg("circle", _class=f"dot c{line.colour % COLOURS}", cx=axes.x(x[0]), cy=axes.y(y[0]), r=3))
+    parts.append(_svg("line", _class="cursor", x1=-9, x2=-9, y1=TOP, y2=HEIGHT - BOTTOM))
     legend = _legend(lines) if len(lines) > 1 else Markup("")
     return Markup('<figure class="chart" data-chart="{}">{}{}{}<output class="readout"></output></figure>').format(
-        place.data(lines), caption, picture, legend
+        axes.data(lines), _caption(title, note), _picture(title, WIDTH, HEIGHT, parts), legend
     )
 
 
 def box_plot(title: str, groups: Sequence[Group], note: str = "", x_range: tuple[float, float] | None = None) -> Markup:
-    """Horizontal boxes (quartiles, median, whiskers to the last value within 1.5 box lengths) with all cases as dots."""
-    shown = [(g, {k: v for k, v in g.values.items() if v is not None and math.isfinite(v)}) for g in groups]
+    """Horizontal boxes (quartiles, median, whiskers to the last value within 1.5 box lengths) with all cases as dots.
+
+    Args:
+        title: caption.
+        groups: rows; one without finite values is left out.
+        note: further words in the caption.
+        x_range: of the axis; None goes from zero to the largest value.
+
+    Returns:
+        HTML, empty when there is no value.
+    """
+    shown = [(g, {case: v for case, v in g.values.items() if math.isfinite(v)}) for g in groups]
     shown = [(group, values) for group, values in shown if values]
     if not shown:
         return Markup("")
-    everything = [v for _, values in shown for v in values.values()]
-    low, high = x_range or (min(0.0, *everything, 0.0), max(everything) * 1.05 + 1e-9)
+    largest = max(value for _, values in shown for value in values.values())
+    low, high = x_range or (0.0, largest * 1.05 or 1.0)
     row, width, left = 34, 460, 110
     height = TOP + row * len(shown) + BOTTOM
-    ticks = [t for t in MaxNLocator(5).tick_values(low, high) if low - 1e-9 <= t <= high + 1e-9]
+    parts = []
 
     def across(value: float) -> float:
         return left + (value - low) / (high - low) * (width - left - 14)
 
-    parts = [
-        Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/><text class="tick mid" x="{0:.1f}" y="{3}">{4:g}</text>').format(
-            across(t), TOP, height - BOTTOM, height - 9, round(t, 6)
-        )
-        for t in ticks
-    ]
+    for tick in _ticks(low, high, 5):
+        parts.append(_svg("line", _class="grid", x1=across(tick), x2=across(tick), y1=TOP, y2=height - BOTTOM))
+        parts.append(_svg("text", _short(tick), _class="tick mid", x=across(tick), y=height - 9))
     for index, (group, values) in enumerate(shown):
-        parts.append(_box(group, values, TOP + row * (index + 0.5), left, across))
-    picture = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, title, Markup("").join(parts)
+        y = TOP + row * (index + 0.5)
+        name = group.name if len(group.name) <= 16 else f"{group.name[:15]}..."
+        parts.append(_svg("text", name, group.name, _class="tick end", x=left - 8, y=y + 4))
+        parts += _box(values, y, f"c{group.colour % COLOURS}", across)
+    return Markup('<figure class="chart">{}{}</figure>').format(
+        _caption(title, note), _picture(title, width, height, parts)
     )
-    caption = Markup('<figcaption><b>{}</b> <span class="muted">{}</span></figcaption>').format(title, note)
-    return Markup('<figure class="chart">{}{}</figure>').format(caption, picture)
 
 
-def _box(group: Group, values: Mapping[str, float], y: float, left: float, across: object) -> Markup:
-    assert callable(across)
+def _box(values: Mapping[str, float], y: float, colour: str, across: Callable[[float], float]) -> list[Markup]:
     data = np.array(list(values.values()))
-    q1, median, q3 = np.percentile(data, (25, 50, 75))
-    reach = 1.5 * (q3 - q1)
-    ends = data[(data >= q1 - reach) & (data <= q3 + reach)]
-    colour = f"c{group.colour % COLOURS}"
-    name = group.name if len(group.name) <= 16 else group.name[:15] + "…"
-    parts = [
-        Markup('<text class="tick end" x="{}" y="{:.1f}">{}<title>{}</title></text>').format(
-            left - 8, y + 4, name, group.name
-        )
-    ]
+    q1, median, q3 = (float(q) for q in np.percentile(data, (25, 50, 75)))
+    parts = []
     if len(data) >= 3:
-        parts.append(
-            Markup('<line class="line {4}" x1="{0:.1f}" x2="{1:.1f}" y1="{2:.1f}" y2="{2:.1f}"/><rect class="box {4}" x="{3:.1f}" width="{5:.1f}" y="{6:.1f}" height="18" rx="2"/>').format(
-                across(ends.min()), across(ends.max()), y, across(q1), colour, max(across(q3) - across(q1), 1), y - 9
-            )
-        )
+        reach = 1.5 * (q3 - q1)
+        ends = data[(data >= q1 - reach) & (data <= q3 + reach)]
+        x1, x2, wide = across(float(ends.min())), across(float(ends.max())), max(across(q3) - across(q1), 1.0)
+        parts.append(_svg("line", _class=f"line {colour}", x1=x1, x2=x2, y1=y, y2=y))
+        parts.append(_svg("rect", _class=f"box {colour}", x=across(q1), y=y - 9, width=wide, height=18, rx=2))
     for index, (case, value) in enumerate(values.items()):
-        shift = 0.0 if len(data) < 2 else ((index * 0.618) % 1 - 0.5) * 12
-        parts.append(
-            Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}: {:.4g}</title></circle>').format(
-                colour, across(value), y + shift, case, value
-            )
-        )
-    parts.append(
-        Markup('<line class="median" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"><title>median {3:.4g}</title></line>').format(
-            across(median), y - 10, y + 10, median
-        )
-    )
-    return Markup("").join(parts)
+        # Spread by the golden ratio, so that neighbours in the list lie apart and every page looks the same.
+        shift = ((index * 0.618) % 1 - 0.5) * 12 if len(data) > 1 else 0.0
+        tip = f"{case}: {value:.4g}"
+        parts.append(_svg("circle", "", tip, _class=f"dot {colour}", cx=across(value), cy=y + shift, r=2.6))
+    x = across(median)
+    parts.append(_svg("line", "", f"median {median:.4g}", _class="median", x1=x, x2=x, y1=y - 10, y2=y + 10))
+    return parts
 
 
 class _Axes:
@@ -160,20 +150,12 @@ class _Axes:
 
     def frame(self) -> Markup:
         parts = []
-        for tick in MaxNLocator(4).tick_values(self.y_low, self.y_high):
-            if self.y_low <= tick <= self.y_high:
-                parts.append(
-                    Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text class="tick end" x="{}" y="{:.1f}">{}</text>').format(
-                        LEFT, WIDTH - RIGHT, self.y(tick), self.y(tick), LEFT - 6, self.y(tick) + 3.5, _short(tick)
-                    )
-                )
-        for tick in MaxNLocator(5, integer=True).tick_values(self.x_low, self.x_high):
-            if self.x_low <= tick <= self.x_high:
-                parts.append(
-                    Markup('<text class="tick mid" x="{:.1f}" y="{}">{}</text>').format(
-                        self.x(tick), HEIGHT - 9, _short(tick)
-                    )
-                )
+        for tick in _ticks(self.y_low, self.y_high, 4):
+            y = self.y(tick)
+            parts.append(_svg("line", _class="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
+            parts.append(_svg("text", _short(tick), _class="tick end", x=LEFT - 6, y=y + 3.5))
+        for tick in _ticks(self.x_low, self.x_high, 5):
+            parts.append(_svg("text", _short(tick), _class="tick mid", x=self.x(tick), y=HEIGHT - 9))
         return Markup("").join(parts)
 
     def path(self, x: Sequence[float], y: Sequence[float], kind: str) -> Markup:
@@ -185,21 +167,48 @@ class _Axes:
             shown = min(max(b, self.y_low), self.y_high)
             steps.append(f"{'M' if pen_up else 'L'}{self.x(a):.1f} {self.y(shown):.1f}")
             pen_up = False
-        return Markup('<path class="{}" d="{}"/>').format(kind, "".join(steps))
-
-    def dot(self, x: float, y: float, colour: int) -> Markup:
-        return Markup('<circle class="dot c{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
-            colour % COLOURS, self.x(x), self.y(y)
-        )
+        return _svg("path", _class=kind, d="".join(steps))
 
     def data(self, lines: Sequence[Line]) -> str:
         """What the read-out needs: plot limits, and the thinned values of each line."""
         curves = []
         for line in lines:
             x, y = _thin(line)
-            curves.append({"name": line.name, "x": x, "y": [round(v, 6) if math.isfinite(v) else None for v in y]})
-        span = [self.x_low, self.x_high, LEFT, WIDTH - RIGHT, WIDTH]
-        return json.dumps({"span": span, "curves": curves})
+            curves.append(
+                {"name": line.name, "x": x, "y": [float(f"{v:.5g}") if math.isfinite(v) else None for v in y]}
+            )
+        return json.dumps({"span": [self.x_low, self.x_high, LEFT, WIDTH - RIGHT, WIDTH], "curves": curves})
+
+
+def _svg(tag: str, _text: str = "", _tip: str = "", /, **attributes: float | str) -> Markup:
+    """One element; numbers are rounded, everything is escaped. `_class` stands for ``class``."""
+    written = Markup(" ").join(
+        Markup('{}="{}"').format(key.lstrip("_"), value if isinstance(value, str) else f"{value:.1f}")
+        for key, value in attributes.items()
+    )
+    tip = Markup("<title>{}</title>").format(_tip) if _tip else Markup("")
+    return Markup("<{0} {1}>{2}{3}</{0}>").format(tag, written, _text, tip)
+
+
+def _picture(title: str, width: int, height: int, parts: Sequence[Markup]) -> Markup:
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        width, height, title, Markup("").join(parts)
+    )
+
+
+def _caption(title: str, note: str) -> Markup:
+    return Markup('<figcaption><b>{}</b> <span class="muted">{}</span></figcaption>').format(title, note)
+
+
+def _fit(values: Sequence[float]) -> tuple[float, float]:
+    """Axis limits: from zero where the values come near it, with some room."""
+    low, high = min(values), max(values)
+    room = max((high - low) * 0.06, abs(high) * 1e-3, 1e-9)
+    return (0.0 if 0 <= low < 0.5 * high else low - room), high + room
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    return [float(tick) for tick in MaxNLocator(count).tick_values(low, high) if low <= tick <= high]
 
 
 def _legend(lines: Sequence[Line]) -> Markup:
@@ -225,4 +234,4 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _short(value: float) -> str:
-    return str(escape(f"{value / 1000:g}k" if abs(value) >= 10000 else f"{round(value, 10):.4g}"))
+    return f"{value / 1000:g}k" if abs(value) >= 10000 else f"{round(value, 10):.4g}"

@@ -115,7 +115,9 @@ def picture(
     """
     for name, array in {**masks, **({} if uncertainty is None else {"uncertainty": uncertainty})}.items():
         if image.ndim != 3 or array.shape != image.shape:
-            raise ValueError(f"{name}: expected the shape of the image {image.shape} with three axes, got {array.shape}")
+            raise ValueError(
+                f"{name}: expected the shape of the image {image.shape} with three axes, got {array.shape}"
+            )
     sx, sy, sz = (float(s) for s in spacing_mm)
     nx, ny, nz = image.shape
     spacing, views = (sx, sy, sz), ARRAY_VIEWS

@@ -1,0 +1,351 @@
+"""A run folder -> its page, ``report.html``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from scarceseg.engine.checkpoint import write_text
+from scarceseg.errors import DataError
+from scarceseg.evaluation.metrics import METRICS
+from scarceseg.evaluation.tables import HEADERS, OVERLAPS, class_average
+from scarceseg.report.charts import Group, Line, box_plot, line_chart
+from scarceseg.report.figures import CLASS_COLOURS
+from scarceseg.report.folder import VALIDATION, Curve, RunRecord, ShownCase, read_case, read_run
+from scarceseg.report.viewers import Viewer, planes_viewer, within_budget
+
+MOST_CASES = 6
+
+
+def build_report(run: Path) -> Path:
+    """Write ``RUN/report.html``: what was asked, warnings, curves, segmentations, metrics, time and memory.
+
+    Whatever a run has not (yet) left is left out; a damaged file is named among the warnings.
+
+    Args:
+        run: run folder, finished or not.
+
+    Returns:
+        Path of the page, one file that needs no other.
+
+    Raises:
+        RunError: no run folder, no ``config.yaml`` in it, or it cannot be written.
+    """
+    record = read_run(run)
+    cases = _cases(record)  # first: it may add notes
+    total = record.config.iterations if record.config else record.trained
+    finished = (run / "model.safetensors").exists()
+    page = {
+        "title": f"{record.config.method if record.config else run.name} on {_dataset(record)}",
+        "sentence": _sentence(record),
+        "finished": finished,
+        "state": "finished" if finished else f"stopped at iteration {record.trained} of {total}",
+        "tiles": _tiles(record),
+        "warnings": [*record.warnings, *record.notes],
+        "asked": _asked(record),
+        "made_with": _made_with(record),
+        "terms": _terms(record),
+        "split": [(words, record.split[role]) for role, words in ROLES.items() if role in record.split],
+        "curves": _curves(record),
+        "cases": cases,
+        "case_words": _case_words(record, cases),
+        "any_reference": any(kind == "reference" for viewer in cases for kind, _ in viewer["toggles"]),
+        "legend": class_legend(record.classes),
+        "metrics": _metrics(record),
+        "stages": _stages(record),
+        "run_path": str(run),
+        "config_text": record.config_text,
+        "environment_text": _pretty(record.environment),
+        "plan_text": _pretty(record.plan),
+    }
+    return write_page("template.html", page, run / "report.html")
+
+
+def write_page(template: str, page: Mapping[str, Any], path: Path) -> Path:
+    """Fill a template (every value is escaped) and write the page, in ASCII so that no tool can misread it."""
+    pages = Environment(
+        loader=PackageLoader("scarceseg", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    try:
+        ours = version("scarceseg")
+    except PackageNotFoundError:
+        ours = ""
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    text = pages.get_template(template).render(page, version=ours, made=made)
+    write_text(path, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
+    return path
+
+
+ROLES = {"labelled": "Labelled", "unlabelled": "Unlabelled", "val": "Validation"}
+
+
+def _dataset(record: RunRecord) -> str:
+    named = record.plan.get("dataset") or (Path(record.config.dataset).name if record.config else "")
+    return str(named or "an unnamed dataset")
+
+
+def _counts(record: RunRecord) -> dict[str, int]:
+    return {role: len(record.split.get(role, [])) for role in ROLES}
+
+
+def _sentence(record: RunRecord) -> str:
+    config = record.config
+    if config is None:
+        return f"Run folder {record.folder.name}."
+    counts = _counts(record)
+    words = f"A {config.network.name} trained with {config.method}"
+    if record.split:
+        words += f" on {counts['labelled']} labelled"
+        words += f" and {counts['unlabelled']} unlabelled volumes" if counts["unlabelled"] else " volumes"
+    structures = record.classes
+    words += f", to segment {', '.join(structures[:6])}{' ...' if len(structures) > 6 else ''}" if structures else ""
+    return f"{words}. Run folder {record.folder.name}."
+
+
+def _tiles(record: RunRecord) -> list[tuple[str, str]]:
+    tiles = []
+    if record.evaluation and record.evaluation["mean"]:
+        mean = class_average(record.evaluation)
+        units = record.evaluation["units"]
+        over = "mean over classes" if len(record.evaluation["mean"]) > 1 else "validation"
+        tiles.append((show(mean["dice"], "dice") + " %", f"Dice, {over}"))
+        tiles.append((f"{show(mean['hd95'], 'hd95')} {units}", f"HD95, {over}"))
+    if record.split:
+        counts = _counts(record)
+        tiles.append((str(counts["labelled"]), "labelled volumes"))
+        tiles.append((str(counts["unlabelled"]), "unlabelled volumes"))
+        if counts["val"]:
+            tiles.append((str(counts["val"]), "validation volumes"))
+    if record.stages:
+        tiles.append((duration(record.seconds), "in all stages"))
+    return tiles
+
+
+def _asked(record: RunRecord) -> list[tuple[str, str]]:
+    config, plan = record.config, record.plan
+    if config is None:
+        return []
+    arguments = ", ".join(f"{k}={v}" for k, v in config.network.args.items())
+    rows = [
+        ("method", config.method),
+        ("dataset", config.dataset),
+        ("network", f"{config.network.name}{f' ({arguments})' if arguments else ''}"),
+        ("classes", ", ".join(record.classes)),
+        ("channels", ", ".join(map(str, plan.get("channels", [])))),
+        ("spacing", _times(plan.get("spacing_mm", []), " mm")),
+        ("patch", _times(plan.get("patch", []), " voxels")),
+        ("normalisation", ", ".join(str(n.get("kind")) for n in plan.get("normalisation", []) if isinstance(n, dict))),
+        ("batch", f"{config.batch_labeled} labelled, up to {config.batch_unlabeled} unlabelled patches"),
+        ("iterations", str(config.iterations)),
+        ("optimiser", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule} schedule"),
+        ("foundation model", config.foundation or ""),
+        ("checkpoint kept", "the best on validation" if config.select == "best" else "the last"),
+        ("seed", str(config.seed)),
+    ]
+    return [(word, value) for word, value in rows if value]
+
+
+def _made_with(record: RunRecord) -> list[tuple[str, str]]:
+    there = record.environment
+    rows = [(key.replace("_", " "), there.get(key)) for key in ("device", "precision", "memory_format", "threads")]
+    rows += [
+        ("python", there.get("python")),
+        ("system", f"{there.get('system', '')} {there.get('machine', '')}".strip()),
+    ]
+    versions = there.get("versions")
+    rows += list(versions.items()) if isinstance(versions, dict) else []
+    return [(str(word), str(value)) for word, value in rows if value not in (None, "")]
+
+
+def _times(values: Sequence[object], unit: str) -> str:
+    return " × ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in values) + unit if values else ""
+
+
+def _terms(record: RunRecord) -> list[dict[str, str]]:
+    train = record.curves.get("train", {})
+    names = [key.removeprefix("loss/") for key in train if key.startswith("loss/")]
+    options = record.config.terms if record.config else {}
+    names += [name for name in options if name not in names]
+    rows = []
+    for name in names:
+        weights = train.get(f"weight/{name}", ([], []))[1]
+        chosen = ", ".join(f"{k}={v}" for k, v in options.get(name, {}).items())
+        rows.append({"name": name, "weight": f"{weights[-1]:.4g}" if weights else "-", "options": chosen or "defaults"})
+    return rows
+
+
+def _curves(record: RunRecord) -> list[Markup]:
+    """Per stage: the sum, each term, the weights that change, the learning rate; then validation Dice."""
+    charts = []
+    for stage, curves in record.curves.items():
+        if stage == VALIDATION:
+            continue
+        note = "" if stage == "train" else stage
+        terms = [key for key in curves if key.startswith("loss/")]
+        if "loss" in curves and len(terms) != 1:
+            charts.append(line_chart("loss, weighted sum", [_line("loss", curves["loss"], 6, smooth=True)], note))
+        for index, key in enumerate(terms):
+            name = key.removeprefix("loss/")
+            charts.append(line_chart(f"loss of {name}", [_line(name, curves[key], index, smooth=True)], note))
+        weights = [key for key in curves if key.startswith("weight/") and len(set(curves[key][1])) > 1]
+        moving = [
+            _line(k.removeprefix("weight/"), curves[k], terms.index(k.replace("weight/", "loss/", 1)))
+            for k in weights
+            if k.replace("weight/", "loss/", 1) in terms
+        ]
+        if moving:
+            charts.append(line_chart("weights that change", moving, note or ", ".join(m.name for m in moving)))
+        if "lr" in curves:
+            charts.append(line_chart("learning rate", [_line("lr", curves["lr"], 7)], note))
+    dice = {k: v for k, v in record.curves.get(VALIDATION, {}).items() if k.startswith("dice/")}
+    if dice:
+        lines = [_line(key.removeprefix("dice/"), curve, index) for index, (key, curve) in enumerate(dice.items())]
+        charts.append(line_chart("Dice on validation cases", lines, y_range=(0.0, 1.0)))
+    return [chart for chart in charts if chart]
+
+
+def _line(name: str, curve: Curve, colour: int, smooth: bool = False) -> Line:
+    return Line(name, curve[0], curve[1], colour, smooth)
+
+
+def _cases(record: RunRecord) -> list[Viewer]:
+    makers = []
+    for path in record.figures[:MOST_CASES]:
+        try:
+            case = read_case(path)
+        except DataError as error:
+            record.notes.append(str(error))
+            continue
+        makers.append(partial(planes_viewer, case, _case_note(record, case)))
+    if len(record.figures) > MOST_CASES:
+        record.notes.append(f"{MOST_CASES} of the {len(record.figures)} cases in figures are shown")
+    return within_budget(makers)
+
+
+def _case_note(record: RunRecord, case: ShownCase) -> str:
+    """Dice by class, when the case was evaluated; a title may carry a rank in brackets behind the name."""
+    cases = (record.evaluation or {}).get("cases", {})
+    classes = cases.get(case.title) or cases.get(case.title.rsplit(" (", 1)[0]) or {}
+    return ", ".join(f"Dice {name} {show(values['dice'], 'dice')} %" for name, values in classes.items())
+
+
+def _case_words(record: RunRecord, cases: Sequence[Viewer]) -> str:
+    if not cases:
+        return ""
+    kind = (
+        "Validation cases, never trained on." if record.split.get("val") else "Unlabelled cases; there is no reference."
+    )
+    has_letters = any(pane["letters"] for viewer in cases for pane in viewer["panes"])
+    sides = (
+        "Letters: patient's right, left, anterior, posterior, head, feet."
+        if has_letters
+        else "Planes are named after the axes of the file; left and right are as stored, not as in a radiological view."
+    )
+    return f"{kind} {sides} Uncertainty, where there is a box for it, goes from red (some) to yellow (most)."
+
+
+def class_legend(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Class names with the colours of their masks, as ``(r,g,b)``."""
+    return [(name, str(CLASS_COLOURS[i % len(CLASS_COLOURS)])) for i, name in enumerate(classes)]
+
+
+def _metrics(record: RunRecord) -> dict[str, Any] | None:
+    result = record.evaluation
+    if not result or not result["cases"]:
+        return None
+    units = result["units"]
+    rows, undefined = [], False
+    for name in result["mean"]:
+        cells = [name]
+        for metric in METRICS:
+            values = [case[name][metric] for case in result["cases"].values() if name in case]
+            known = [v for v in values if v is not None]
+            missing = len(values) - len(known)
+            undefined |= missing > 0
+            spread = f" ± {show(float(np.std(known, ddof=1)), metric)}" if len(known) > 1 else ""
+            cells.append(show(result["mean"][name][metric], metric) + spread + (f" ({missing})" if missing else ""))
+        rows.append(cells)
+    if len(result["mean"]) > 1:
+        average = class_average(result)
+        rows.append(["all classes", *(show(average[metric], metric) for metric in METRICS)])
+    cases = [
+        [case, name, *(show(values[metric], metric) for metric in METRICS)]
+        for case, classes in result["cases"].items()
+        for name, values in classes.items()
+    ]
+    failed = [f"{f['case']}{', ' + f['class'] if f['class'] else ''}: {f['reason']}" for f in result["failed"]]
+    return {
+        "count": len(result["cases"]),
+        "heads": [heading(metric, units) for metric in METRICS],
+        "rows": rows,
+        "cases": cases,
+        "undefined": undefined,
+        "failed": failed,
+        "charts": [chart for chart in (_box(result, "dice"), _box(result, "hd95")) if chart],
+    }
+
+
+def _box(result: Mapping[str, Any], metric: str) -> Markup:
+    scale = 100 if metric in OVERLAPS else 1
+    groups = [
+        Group(
+            name,
+            {
+                case: classes[name][metric] * scale
+                for case, classes in result["cases"].items()
+                if classes.get(name, {}).get(metric) is not None
+            },
+            index,
+        )
+        for index, name in enumerate(result["mean"])
+    ]
+    return box_plot(heading(metric, result["units"]), groups, x_range=(0.0, 100.0) if metric in OVERLAPS else None)
+
+
+def heading(metric: str, units: str) -> str:
+    """Column head of a metric, with its unit."""
+    return f"{HEADERS[metric]} [{'%' if metric in OVERLAPS else units}]"
+
+
+def show(value: float | None, metric: str) -> str:
+    """A value for people: overlaps in percent, a dash when it is undefined."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{100 * value:.1f}" if metric in OVERLAPS else f"{value:.2f}"
+
+
+def _stages(record: RunRecord) -> list[dict[str, Any]]:
+    longest = max((float(s.get("seconds") or 0) for s in record.stages.values()), default=0.0)
+    rows = []
+    for name, stage in record.stages.items():
+        seconds, memory = float(stage.get("seconds") or 0), stage.get("peak_memory_mb")
+        size = "-" if not memory else f"{memory / 1024:.1f} GiB" if memory >= 1024 else f"{memory:.0f} MiB"
+        share = round(100 * seconds / longest) if longest else 0
+        rows.append({"name": name, "time": duration(seconds), "share": share, "memory": size})
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Time for people."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _pretty(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) if values else ""
