@@ -12,7 +12,7 @@ from scarceseg.errors import RunError
 from scarceseg.evaluation.evaluate import evaluate
 from scarceseg.inference.predictor import predict
 
-METHODS = ("supervised", "mean-teacher", "ua-mt")
+METHODS = ("supervised", "mean-teacher")
 LABELLED, CASES, TEST = 2, 14, 4
 
 

@@ -82,7 +82,7 @@ class PhantomConfig:
     noise: float = 0.04
     noise_kind: Literal["rician", "gaussian"] = "rician"
     texture: float = 0.05
-    bias: float = 0.1
+    bias: float = 0.08
     blur_voxel: float = 0.5
     distractors: int = 4
     pathology: float = 0.25
@@ -218,7 +218,7 @@ def _intensities(rng: np.random.Generator, config: PhantomConfig) -> dict[str, N
         table[0, channel] = FIRST_CHANNEL[0]
     soft = table[TISSUES.index("soft")]
     table = soft + config.contrast * (table - soft)
-    table += rng.normal(0, 0.025 * config.variety, table.shape)
+    table += rng.normal(0, 0.015 * config.variety, table.shape)
     return {name: np.maximum(values, 0.0) for name, values in zip(TISSUES, table, strict=True)}
 
 
@@ -229,7 +229,7 @@ def _paint_surroundings(scene: Scene, distractors: int) -> None:
     for depth, tissue in ((0.0, "fat"), (0.07, "muscle"), (0.15, "soft")):
         scene.paint(grown(body, -depth), tissue)
     for side in (-1, 1):
-        scene.paint(scene.ellipsoid((0.62 * side, 0.0, 0.45), (0.20, 0.48, 0.52), bump=0.03), "lung")
+        scene.paint(scene.ellipsoid((0.62 * side, 0.0, 0.45), (0.20, 0.48, 0.52), bump=0.02), "lung")
     scene.paint(scene.tube([(0, -0.72, -1.2), (0, -0.66, 0), (0, -0.72, 1.2)], 0.13, 0.13), "bone")
     for _ in range(distractors):
         centre = rng.uniform((-0.7, -0.6, -0.9), (0.7, 0.65, 0.9))
@@ -246,13 +246,13 @@ def _paint_surroundings(scene: Scene, distractors: int) -> None:
 def _paint_targets(scene: Scene, pathology: float) -> None:
     """The six structures; the chamber and the vessel get a thin dark lining, so that neighbours are told apart."""
     lobe = union(
-        scene.ellipsoid((0.42, 0.05, -0.72), (0.42, 0.46, 0.30), 10, 2.4, 0.04),
-        scene.ellipsoid((0.02, 0.24, -0.78), (0.34, 0.26, 0.20), 0, 2.0, 0.03),
+        scene.ellipsoid((0.42, 0.05, -0.72), (0.42, 0.46, 0.30), 10, 2.4, 0.03),
+        scene.ellipsoid((0.02, 0.24, -0.78), (0.34, 0.26, 0.20), 0, 2.0, 0.02),
     )
-    gland = scene.ellipsoid((-0.62, -0.28, -0.66), (0.17, 0.27, 0.24), 20, 2.0, 0.03)
+    gland = scene.ellipsoid((-0.62, -0.28, -0.66), (0.17, 0.27, 0.24), 20, 2.0, 0.02)
     vessel = scene.tube(ARCH, 0.11, 0.13)
     wall = scene.ellipsoid((-0.24, 0.28, -0.22), (0.37, 0.36, 0.40), -20, 2.0, 0.02)
-    pool = grown(wall, -0.13 * float(np.exp(scene.rng.normal(0, 0.12 * scene.variety))))
+    pool = grown(wall, -0.13 * float(np.exp(scene.rng.normal(0, 0.08 * scene.variety))))
     parts: list[tuple[str, str, Shape]] = [
         ("lobe", "parenchyma", lobe),
         ("gland", "parenchyma", gland),
@@ -272,7 +272,7 @@ def _paint_targets(scene: Scene, pathology: float) -> None:
 
 def _chamber(scene: Scene) -> Shape:
     """A rounded chamber and four veins that leave it to both sides, as from a left atrium."""
-    parts = [scene.ellipsoid((0.10, -0.14, 0.16), (0.36, 0.25, 0.28), 0, 2.3, 0.03)]
+    parts = [scene.ellipsoid((0.10, -0.14, 0.16), (0.36, 0.25, 0.28), 0, 2.3, 0.02)]
     for side, up in ((-1, 1), (-1, -1), (1, 1), (1, -1)):
         root = (0.10 + 0.24 * side, -0.18, 0.16 + 0.12 * up)
         bend = (0.10 + 0.42 * side, -0.24, 0.18 + 0.17 * up)

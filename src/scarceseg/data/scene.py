@@ -1,4 +1,4 @@
-"""The canvas synthetic volumes are painted on: warped coordinates, smooth random shapes, images with soft edges, labels."""
+"""The canvas synthetic volumes are painted on: warped coordinates, random smooth shapes, soft-edged images, labels."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Scene:
         labels: Mapping[str, int],
     ) -> None:
         self.rng, self.variety, self.levels, self.labels = rng, variety, levels, labels
-        warp = smooth_fields(rng, shape, 3, 4) * np.float32(0.035 * variety)
+        warp = smooth_fields(rng, shape, 3, 4) * np.float32(0.025 * variety)
         axes = [((2 * np.arange(n) + 1) / n - 1).astype(np.float32) for n in shape]
         grid = np.meshgrid(*axes, indexing="ij", sparse=True)
-        turn = Rotation.from_euler("xyz", rng.normal(0, 5 * variety, 3), degrees=True).as_matrix()
-        turn = turn / np.exp(rng.normal(0, 0.06 * variety, 3))[:, None]
-        shift = rng.normal(0, 0.05 * variety, 3)
+        turn = Rotation.from_euler("xyz", rng.normal(0, 3.5 * variety, 3), degrees=True).as_matrix()
+        turn = turn / np.exp(rng.normal(0, 0.04 * variety, 3))[:, None]
+        shift = rng.normal(0, 0.035 * variety, 3)
         grid = [axis - np.float32(s) for axis, s in zip(grid, shift, strict=True)]
         self._at: list[Field] = [_weighted(turn[i], grid) + warp[i] for i in range(3)]
         self._bumps = smooth_fields(rng, shape, 1, 6)[0]
@@ -109,9 +109,9 @@ class Scene:
     ) -> Shape:
         """A jittered, turned, bumpy ellipsoid, or superellipsoid of another `power`; `turn_deg` is about the z axis."""
         rng = self.rng
-        c = np.asarray(centre) + rng.normal(0, 0.02 * self.variety, 3)
-        r = np.asarray(radii) * np.exp(rng.normal(0, 0.08 * self.variety, 3))
-        angles = rng.normal(0, 8 * self.variety, 3) + np.array([0, 0, turn_deg])
+        c = np.asarray(centre) + rng.normal(0, 0.015 * self.variety, 3)
+        r = np.asarray(radii) * np.exp(rng.normal(0, 0.055 * self.variety, 3))
+        angles = rng.normal(0, 5.5 * self.variety, 3) + np.array([0, 0, turn_deg])
         turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
         corner = np.abs(turn) @ r if power > 2 else np.sqrt(turn**2 @ r**2)
         box = self._near(c - corner, c + corner)
@@ -125,11 +125,11 @@ class Scene:
         return box, distance + np.float32(bump * self.variety) * self._bumps[box]
 
     def tube(self, points: Sequence[Sequence[float]], start: float, end: float) -> Shape:
-        """A smooth tube through jittered `points` (the first keeps its place); its radius goes from `start` to `end`."""
+        """A tube through jittered `points` (the first keeps its place) whose radius goes from `start` to `end`."""
         rng = self.rng
         knots = np.asarray(points, dtype=np.float64)
-        knots[1:] += rng.normal(0, 0.025 * self.variety, knots[1:].shape)
-        radii = np.array([start, end]) * np.exp(rng.normal(0, 0.08 * self.variety))
+        knots[1:] += rng.normal(0, 0.018 * self.variety, knots[1:].shape)
+        radii = np.array([start, end]) * np.exp(rng.normal(0, 0.055 * self.variety))
         if len(knots) > 2:
             steps = max(len(knots), round(float(np.linalg.norm(np.diff(knots, axis=0), axis=1).sum()) / 0.2))
             knots = ndimage.zoom(knots, (steps / len(knots), 1), order=2)
@@ -152,7 +152,7 @@ class Scene:
         """Put a shape over what is there. Border voxels mix both; the label changes where the distance is negative."""
         box, distance = shape
         share = np.clip(np.float32(0.5) - distance / np.float32(self._voxel), 0, 1)
-        offset = self.rng.normal(0, 0.015 * self.variety) if structure else 0.0
+        offset = self.rng.normal(0, 0.01 * self.variety) if structure else 0.0
         for channel, level in zip(self.image, self.levels[tissue], strict=True):
             part = channel[box]
             part += share * (np.float32(level + offset) - part)

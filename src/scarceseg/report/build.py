@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -11,17 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import DataError
-from scarceseg.evaluation.metrics import METRICS
-from scarceseg.evaluation.tables import HEADERS, OVERLAPS, class_average
-from scarceseg.report.charts import Group, Line, box_plot, line_chart
+from scarceseg.evaluation.tables import class_average
+from scarceseg.report.charts import Line, line_chart
 from scarceseg.report.figures import CLASS_COLOURS
 from scarceseg.report.folder import VALIDATION, Curve, RunRecord, ShownCase, read_case, read_run
+from scarceseg.report.numbers import duration, metrics_section, show, stage_rows
 from scarceseg.report.viewers import Viewer, planes_viewer, within_budget
 
 MOST_CASES = 6
@@ -61,8 +59,8 @@ def build_report(run: Path) -> Path:
         "case_words": _case_words(record, cases),
         "any_reference": any(kind == "reference" for viewer in cases for kind, _ in viewer["toggles"]),
         "legend": class_legend(record.classes),
-        "metrics": _metrics(record),
-        "stages": _stages(record),
+        "metrics": metrics_section(record),
+        "stages": stage_rows(record),
         "run_path": str(run),
         "config_text": record.config_text,
         "environment_text": _pretty(record.environment),
@@ -208,7 +206,9 @@ def _curves(record: RunRecord) -> list[Markup]:
             if k.replace("weight/", "loss/", 1) in terms
         ]
         if moving:
-            charts.append(line_chart("weights that change", moving, note or ", ".join(m.name for m in moving)))
+            charts.append(
+                line_chart("weights that change", moving, note or (moving[0].name if len(moving) == 1 else ""))
+            )
         if "lr" in curves:
             charts.append(line_chart("learning rate", [_line("lr", curves["lr"], 7)], note))
     dice = {k: v for k, v in record.curves.get(VALIDATION, {}).items() if k.startswith("dice/")}
@@ -261,90 +261,6 @@ def _case_words(record: RunRecord, cases: Sequence[Viewer]) -> str:
 def class_legend(classes: Sequence[str]) -> list[tuple[str, str]]:
     """Class names with the colours of their masks, as ``(r,g,b)``."""
     return [(name, str(CLASS_COLOURS[i % len(CLASS_COLOURS)])) for i, name in enumerate(classes)]
-
-
-def _metrics(record: RunRecord) -> dict[str, Any] | None:
-    result = record.evaluation
-    if not result or not result["cases"]:
-        return None
-    units = result["units"]
-    rows, undefined = [], False
-    for name in result["mean"]:
-        cells = [name]
-        for metric in METRICS:
-            values = [case[name][metric] for case in result["cases"].values() if name in case]
-            known = [v for v in values if v is not None]
-            missing = len(values) - len(known)
-            undefined |= missing > 0
-            spread = f" ± {show(float(np.std(known, ddof=1)), metric)}" if len(known) > 1 else ""
-            cells.append(show(result["mean"][name][metric], metric) + spread + (f" ({missing})" if missing else ""))
-        rows.append(cells)
-    if len(result["mean"]) > 1:
-        average = class_average(result)
-        rows.append(["all classes", *(show(average[metric], metric) for metric in METRICS)])
-    cases = [
-        [case, name, *(show(values[metric], metric) for metric in METRICS)]
-        for case, classes in result["cases"].items()
-        for name, values in classes.items()
-    ]
-    failed = [f"{f['case']}{', ' + f['class'] if f['class'] else ''}: {f['reason']}" for f in result["failed"]]
-    return {
-        "count": len(result["cases"]),
-        "heads": [heading(metric, units) for metric in METRICS],
-        "rows": rows,
-        "cases": cases,
-        "undefined": undefined,
-        "failed": failed,
-        "charts": [chart for chart in (_box(result, "dice"), _box(result, "hd95")) if chart],
-    }
-
-
-def _box(result: Mapping[str, Any], metric: str) -> Markup:
-    scale = 100 if metric in OVERLAPS else 1
-    groups = [
-        Group(
-            name,
-            {
-                case: classes[name][metric] * scale
-                for case, classes in result["cases"].items()
-                if classes.get(name, {}).get(metric) is not None
-            },
-            index,
-        )
-        for index, name in enumerate(result["mean"])
-    ]
-    return box_plot(heading(metric, result["units"]), groups, x_range=(0.0, 100.0) if metric in OVERLAPS else None)
-
-
-def heading(metric: str, units: str) -> str:
-    """Column head of a metric, with its unit."""
-    return f"{HEADERS[metric]} [{'%' if metric in OVERLAPS else units}]"
-
-
-def show(value: float | None, metric: str) -> str:
-    """A value for people: overlaps in percent, a dash when it is undefined."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{100 * value:.1f}" if metric in OVERLAPS else f"{value:.2f}"
-
-
-def _stages(record: RunRecord) -> list[dict[str, Any]]:
-    longest = max((float(s.get("seconds") or 0) for s in record.stages.values()), default=0.0)
-    rows = []
-    for name, stage in record.stages.items():
-        seconds, memory = float(stage.get("seconds") or 0), stage.get("peak_memory_mb")
-        size = "-" if not memory else f"{memory / 1024:.1f} GiB" if memory >= 1024 else f"{memory:.0f} MiB"
-        share = round(100 * seconds / longest) if longest else 0
-        rows.append({"name": name, "time": duration(seconds), "share": share, "memory": size})
-    return rows
-
-
-def duration(seconds: float) -> str:
-    """Time for people."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _pretty(values: Mapping[str, Any]) -> str:

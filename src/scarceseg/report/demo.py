@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,9 +15,10 @@ from markupsafe import Markup
 from scarceseg.data.images import image_suffix, list_images, read_image
 from scarceseg.errors import DataError, RunError
 from scarceseg.evaluation.tables import class_average, read_evaluation
-from scarceseg.report.build import class_legend, duration, heading, show, write_page
+from scarceseg.report.build import class_legend, write_page
 from scarceseg.report.charts import Group, Line, box_plot, line_chart
 from scarceseg.report.folder import RunRecord, ShownCase, read_case, read_run
+from scarceseg.report.numbers import duration, heading, show
 from scarceseg.report.viewers import compare_viewer, within_budget
 
 MOST_CASES = 4
@@ -30,8 +30,8 @@ def build_demo_report(folder: Path, runs: dict[str, Path]) -> Path:
     """Write ``folder/report.html``: runs in one table, and their predictions of the same slices next to each other.
 
     Results are ``RUN/test.json`` (or else ``RUN/evaluation.json``), in the form `evaluate` writes. Pictures are of
-    ``folder/data/imagesTs`` with the references in ``labelsTs`` and the predictions in ``folder/predictions/NAME``; where
-    these are missing, of the cases all runs kept in ``RUN/figures``. Missing parts are left out.
+    ``folder/data/imagesTs`` with the references in ``labelsTs`` and the predictions in ``folder/predictions/NAME``;
+    where these are missing, of the cases all runs kept in ``RUN/figures``. Missing parts are left out.
 
     Args:
         folder: where the page goes; it must exist.
@@ -46,9 +46,10 @@ def build_demo_report(folder: Path, runs: dict[str, Path]) -> Path:
     if not runs:
         raise RunError("nothing to compare: expected at least one run folder, got none")
     records = {name: read_run(path) for name, path in runs.items()}
-    warnings = [f"{name}: {note}" for name, record in records.items() for note in (*record.warnings, *record.notes)]
+    warnings: list[str] = []
     results = {name: result for name, record in records.items() if (result := _result(record, warnings)) is not None}
-    cases = _test_cases(folder, list(runs), warnings) or _kept_cases(records, warnings)
+    channels = max((len(record.plan.get("channels", [])) for record in records.values()), default=1) or 1
+    cases = _test_cases(folder, list(runs), channels, warnings) or _kept_cases(records, warnings)
     classes = next((record.classes for record in records.values() if record.classes), [])
     page = {
         "title": f"{len(runs)} methods on the same volumes" if len(runs) > 1 else "One method on synthetic volumes",
@@ -56,7 +57,7 @@ def build_demo_report(folder: Path, runs: dict[str, Path]) -> Path:
         "heads": _heads(results),
         "rows": _rows(folder, records, results) if results else [],
         "charts": [chart for chart in (_box(results, "dice", 100.0), _box(results, "hd95")) if chart],
-        "warnings": list(dict.fromkeys(warnings)),
+        "warnings": [*warnings, *_of_runs(records)],
         "cases": within_budget(
             partial(compare_viewer, case, predictions, _notes(case.title, results)) for case, predictions in cases
         ),
@@ -75,6 +76,15 @@ def _result(record: RunRecord, warnings: list[str]) -> dict[str, Any] | None:
     except DataError as error:
         warnings.append(str(error))
         return None
+
+
+def _of_runs(records: Mapping[str, RunRecord]) -> list[str]:
+    """What the runs warned of, each once, with the names of the runs."""
+    by_text: dict[str, list[str]] = {}
+    for name, record in records.items():
+        for text in (*record.warnings, *record.notes):
+            by_text.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
 
 
 def _sentence(records: Mapping[str, RunRecord], classes: list[str]) -> str:
@@ -113,7 +123,8 @@ def _rows(
         cells.append((np.nan, duration(record.seconds) if record.stages else "-"))
         columns[name] = cells
     table = np.array([[value for value, _ in cells] for cells in columns.values()], dtype=float)
-    best = np.where(np.isnan(table), -np.inf, table).max(axis=0)
+    filled = np.where(np.isnan(table), -np.inf, table)
+    best = np.where(filled.max(axis=0) > filled.min(axis=0), filled.max(axis=0), np.inf)  # equal everywhere: no best
     rows = []
     for name, cells in columns.items():
         page = records[name].folder / "report.html"
@@ -122,8 +133,7 @@ def _rows(
                 "name": name,
                 "link": Path(os.path.relpath(page, folder)).as_posix() if page.exists() else "",
                 "cells": [
-                    {"text": text, "best": len(columns) > 1 and value == best[index]}
-                    for index, (value, text) in enumerate(cells)
+                    {"text": text, "best": bool(value == best[index])} for index, (value, text) in enumerate(cells)
                 ],
             }
         )
@@ -153,7 +163,9 @@ def _notes(case: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     return notes
 
 
-def _test_cases(folder: Path, names: list[str], warnings: list[str]) -> list[tuple[ShownCase, Predictions]]:
+def _test_cases(
+    folder: Path, names: list[str], channels: int, warnings: list[str]
+) -> list[tuple[ShownCase, Predictions]]:
     """The first test cases that every run has predicted, read from their files."""
     images, references = folder / "data" / "imagesTs", folder / "data" / "labelsTs"
     if not images.is_dir():
@@ -162,8 +174,6 @@ def _test_cases(folder: Path, names: list[str], warnings: list[str]) -> list[tup
     known = _by_case(references)
     found: list[tuple[ShownCase, Predictions]] = []
     try:
-        endings = {re.sub(r".*_(?=\d{4}$)", "", path.name[: -len(image_suffix(path) or "")]) for path in _files(images)}
-        channels = 1 + max((int(end) for end in endings if end.isdigit()), default=0)
         for case, paths in list_images([images], channels):
             if len(found) == MOST_CASES or not all(case in files for files in predicted.values()):
                 continue

@@ -213,7 +213,7 @@ def chosen_slices(shown: Picture, view: View, count: int) -> list[int]:
 def peak(shown: Picture, view: View) -> int:
     """The slice that shows most of the reference, else of the other masks, else the middle one.
 
-    Each class counts by its area's share of its own largest area, so that a large class does not hide the small ones.
+    Each class counts by the root of its area's share of its own largest area: several classes are better than one.
     """
     for names in (["reference"], list(shown.masks)):
         score = np.zeros(shown.image.shape[view.axis])
@@ -221,7 +221,7 @@ def peak(shown: Picture, view: View) -> int:
             mask = shown.masks.get(name)
             for value in [] if mask is None else np.flatnonzero(np.bincount(mask.ravel()))[1:]:
                 areas = np.count_nonzero(mask == value, axis=(view.rows, view.columns))
-                score += areas / areas.max()
+                score += np.sqrt(areas / areas.max())
         if score.any():
             return int(score.argmax())
     return shown.image.shape[view.axis] // 2
@@ -232,6 +232,12 @@ def grey_strip(shown: Picture, view: View, slices: Sequence[int], size: tuple[in
     stack = view.stack(shown.image)
     tiles = [np.asarray(Image.fromarray(stack[k].copy()).resize(size, Image.Resampling.BICUBIC)) for k in slices]
     return Image.fromarray(np.concatenate(tiles))
+
+
+def own_size(shown: Picture, view: View, size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels that hold all a smooth layer has to say: its voxels, or `size` where that is less."""
+    shape = shown.image.shape
+    return min(size[0], shape[view.columns]), min(size[1], shape[view.rows])
 
 
 def mask_strip(
@@ -281,12 +287,12 @@ def _indexed(values: Array, palette: Sequence[Colour], alpha: Sequence[int]) -> 
 def png_uri(image: Image.Image) -> str:
     """As a data URI, for clear-ground layers."""
     extra = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
-    return "data:image/png;base64," + base64.b64encode(_bytes(image, "PNG", optimize=True, **extra)).decode()
+    return "data:image/png;base64," + base64.b64encode(_bytes(image, "PNG", **extra)).decode()
 
 
 def jpeg_uri(image: Image.Image) -> str:
     """As a data URI, for grey slices."""
-    return "data:image/jpeg;base64," + base64.b64encode(_bytes(image, "JPEG", quality=80)).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(_bytes(image, "JPEG", quality=85)).decode()
 
 
 def _bytes(image: Image.Image, kind: str, **options: Any) -> bytes:

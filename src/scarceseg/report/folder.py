@@ -109,7 +109,7 @@ def read_run(folder: Path) -> RunRecord:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         raise RunError(
-            f"{folder} is no run folder: expected a config.yaml in it, as 'scarceseg train --out' leaves; check the path"
+            f"{folder} is no run folder: expected a config.yaml in it, as 'scarceseg train' leaves; check the path"
         ) from None
     run = RunRecord(folder, text)
     run.config = _try(run, "config.yaml", lambda: Config.load(path))

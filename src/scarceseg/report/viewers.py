@@ -14,6 +14,7 @@ from scarceseg.report.figures import (
     jpeg_uri,
     mask_strip,
     overlay_png,
+    own_size,
     peak,
     picture,
     pixels_per_mm,
@@ -59,9 +60,10 @@ def planes_viewer(case: ShownCase, note: str, side: int, count: int) -> Viewer:
     panes = []
     for number, view in enumerate(shown.views):
         size, slices, start = _slices(shown, view, scale, count)
-        strips = {"image": jpeg_uri(grey_strip(shown, view, slices, size))}
+        small = own_size(shown, view, size)
+        strips = {"image": jpeg_uri(grey_strip(shown, view, slices, small))}
         if shown.uncertainty is not None:
-            strips["uncertainty"] = png_uri(uncertainty_strip(shown.uncertainty, view, slices, size))
+            strips["uncertainty"] = png_uri(uncertainty_strip(shown.uncertainty, view, slices, small))
         for name, mask in shown.masks.items():
             strips[name] = png_uri(mask_strip(mask, view, slices, size, name == "reference"))
         layers += [{"name": f"{kind}:{number}", "uri": uri} for kind, uri in strips.items()]
@@ -92,8 +94,8 @@ def compare_viewer(
     masks = dict(predictions) if case.reference is None else {"reference": case.reference, **predictions}
     shown = picture(case.image, masks, None, case.spacing_mm, case.direction)
     view = shown.views[0]
-    size, slices, start = _slices(shown, view, pixels_per_mm(shown, side), count)
-    layers = [{"name": "image:0", "uri": jpeg_uri(grey_strip(shown, view, slices, size))}]
+    size, slices, start = _slices(shown, view, pixels_per_mm(shown, min(side, 224)), count)
+    layers = [{"name": "image:0", "uri": jpeg_uri(grey_strip(shown, view, slices, own_size(shown, view, size)))}]
     if "reference" in shown.masks:
         strip = mask_strip(shown.masks["reference"], view, slices, size, white=True)
         layers.append({"name": "reference:0", "uri": png_uri(strip)})
