@@ -47,7 +47,9 @@ def metrics_lines(terms: list[str], classes: list[str], total: int = 400) -> str
     for t in range(0, total, 10):
         entry: dict[str, Any] = {"iteration": t, "stage": "train", "lr": 0.01 if t < total * 0.7 else 0.001}
         for number, term in enumerate(terms):
-            entry[f"loss/{term}"] = float(np.exp(-t / 150) * (0.8 if number == 0 else 0.05) * rng.uniform(0.7, 1.3) + 0.01)
+            entry[f"loss/{term}"] = float(
+                np.exp(-t / 150) * (0.8 if number == 0 else 0.05) * rng.uniform(0.7, 1.3) + 0.01
+            )
             entry[f"weight/{term}"] = 1.0 if number == 0 else float(0.1 * np.exp(-5 * (1 - t / total) ** 2))
         entry["loss"] = sum(entry[f"loss/{term}"] * entry[f"weight/{term}"] for term in terms)
         lines.append(json.dumps(entry | {"seconds": 0.3}))

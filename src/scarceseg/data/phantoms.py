@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from scarceseg.data.geometry import CANONICAL_DIRECTION
 from scarceseg.data.images import write_image
-from scarceseg.data.scene import Scene, Shape, grown, smooth_fields, union
+from scarceseg.data.scene import Scene, Shape, clipped, grown, smooth_fields, union
 from scarceseg.errors import ConfigError, RunError
 from scarceseg.types import Geometry, LabelMap, Volume
 
@@ -231,6 +231,7 @@ def _paint_surroundings(scene: Scene, distractors: int) -> None:
     for side in (-1, 1):
         scene.paint(scene.ellipsoid((0.62 * side, 0.0, 0.45), (0.20, 0.48, 0.52), bump=0.02), "lung")
     scene.paint(scene.tube([(0, -0.72, -1.2), (0, -0.66, 0), (0, -0.72, 1.2)], 0.13, 0.13), "bone")
+    within = grown(body, -0.05)
     for _ in range(distractors):
         centre = rng.uniform((-0.7, -0.6, -0.9), (0.7, 0.65, 0.9))
         tissue = str(rng.choice(["blood", "muscle", "parenchyma"]))
@@ -239,8 +240,8 @@ def _paint_surroundings(scene: Scene, distractors: int) -> None:
         else:
             other = centre + rng.uniform(-0.5, 0.5, 3)
             shape = scene.tube([centre.tolist(), other.tolist()], rng.uniform(0.05, 0.09), rng.uniform(0.04, 0.07))
-        scene.paint(grown(shape, LINING), "soft")
-        scene.paint(shape, tissue)
+        scene.paint(clipped(grown(shape, LINING), within), "soft")
+        scene.paint(clipped(shape, within), tissue)
 
 
 def _paint_targets(scene: Scene, pathology: float) -> None:

@@ -180,6 +180,17 @@ def grown(shape: Shape, by: float) -> Shape:
     return shape[0], shape[1] - np.float32(by)
 
 
+def clipped(shape: Shape, within: Shape) -> Shape:
+    """The part of a shape that lies inside of another one, on the box that both have in common."""
+    pairs = list(zip(shape[0], within[0], strict=True))
+    box = [slice(max(a.start, b.start), max(min(a.stop, b.stop), a.start, b.start)) for a, b in pairs]
+    a, b = (
+        part[tuple(slice(s.start - o.start, s.stop - o.start) for s, o in zip(box, outer, strict=True))]
+        for outer, part in (shape, within)
+    )
+    return (box[0], box[1], box[2]), np.maximum(a, b)
+
+
 def union(*shapes: Shape) -> Shape:
     """One shape out of several: the least of their distances, on the box around their boxes."""
     filled = [shape for shape in shapes if shape[1].size] or [shapes[0]]

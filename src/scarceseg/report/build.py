@@ -231,9 +231,12 @@ def _cases(record: RunRecord) -> list[Viewer]:
             record.notes.append(str(error))
             continue
         makers.append(partial(planes_viewer, case, _case_note(record, case)))
-    if len(record.figures) > MOST_CASES:
-        record.notes.append(f"{MOST_CASES} of the {len(record.figures)} cases in figures are shown")
-    return within_budget(makers)
+    viewers = within_budget(makers)
+    if len(viewers) < len(makers) or len(record.figures) > MOST_CASES:
+        record.notes.append(
+            f"{len(viewers)} of the {len(record.figures)} cases in figures are shown, to keep this page small"
+        )
+    return viewers
 
 
 def _case_note(record: RunRecord, case: ShownCase) -> str:

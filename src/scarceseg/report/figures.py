@@ -211,20 +211,30 @@ def chosen_slices(shown: Picture, view: View, count: int) -> list[int]:
 
 
 def peak(shown: Picture, view: View) -> int:
-    """The slice that shows most of the reference, else of the other masks, else the middle one.
+    """The slice that shows most of the reference, else of the other masks, else the middle one."""
+    score = _score(shown, view)
+    return int(score.argmax()) if score.any() else len(score) // 2
+
+
+def best_view(shown: Picture) -> View:
+    """The plane whose best slice shows most, the first one if they are equal."""
+    return max(shown.views, key=lambda view: float(_score(shown, view).max()))
+
+
+def _score(shown: Picture, view: View) -> NDArray[np.float64]:
+    """How much each slice shows of the reference, or where there is none of the other masks.
 
     Each class counts by the root of its area's share of its own largest area: several classes are better than one.
     """
+    score = np.zeros(shown.image.shape[view.axis])
     for names in (["reference"], list(shown.masks)):
-        score = np.zeros(shown.image.shape[view.axis])
-        for name in names:
-            mask = shown.masks.get(name)
-            for value in [] if mask is None else np.flatnonzero(np.bincount(mask.ravel()))[1:]:
+        for mask in (shown.masks[name] for name in names if name in shown.masks):
+            for value in np.flatnonzero(np.bincount(mask.ravel()))[1:]:
                 areas = np.count_nonzero(mask == value, axis=(view.rows, view.columns))
-                score += np.sqrt(areas / areas.max())
+                score += np.sqrt(areas / max(areas.max(), 1))
         if score.any():
-            return int(score.argmax())
-    return shown.image.shape[view.axis] // 2
+            break
+    return score
 
 
 def grey_strip(shown: Picture, view: View, slices: Sequence[int], size: tuple[int, int]) -> Image.Image:

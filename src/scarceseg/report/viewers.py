@@ -9,6 +9,7 @@ from typing import Any
 from scarceseg.report.figures import (
     Picture,
     View,
+    best_view,
     chosen_slices,
     grey_strip,
     jpeg_uri,
@@ -93,7 +94,7 @@ def compare_viewer(
     """
     masks = dict(predictions) if case.reference is None else {"reference": case.reference, **predictions}
     shown = picture(case.image, masks, None, case.spacing_mm, case.direction)
-    view = shown.views[0]
+    view = best_view(shown)
     size, slices, start = _slices(shown, view, pixels_per_mm(shown, min(side, 224)), count)
     layers = [{"name": "image:0", "uri": jpeg_uri(grey_strip(shown, view, slices, own_size(shown, view, size)))}]
     if "reference" in shown.masks:
