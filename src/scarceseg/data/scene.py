@@ -74,7 +74,7 @@ class Scene:
         self.rng, self.variety, self.levels, self.labels = rng, variety, levels, labels
         warp = smooth_fields(rng, shape, 3, 4) * np.float32(0.025 * variety)
         axes = [((2 * np.arange(n) + 1) / n - 1).astype(np.float32) for n in shape]
-        grid = np.meshgrid(*axes, indexing="ij", sparse=True)
+        grid: Sequence[Field] = np.meshgrid(*axes, indexing="ij", sparse=True)
         turn = Rotation.from_euler("xyz", rng.normal(0, 3.5 * variety, 3), degrees=True).as_matrix()
         turn = turn / np.exp(rng.normal(0, 0.04 * variety, 3))[:, None]
         shift = rng.normal(0, 0.035 * variety, 3)

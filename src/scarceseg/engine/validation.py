@@ -23,6 +23,7 @@ from scarceseg.engine.logging import Display, RunLog
 from scarceseg.errors import ConfigError
 from scarceseg.inference.predictor import Prediction, Predictor
 from scarceseg.inference.sliding import sliding_window
+from scarceseg.types import Geometry
 
 
 class Validation:
@@ -111,22 +112,22 @@ def finish(folder: Path, split: Split, device: str) -> None:
         shown = [(case, None) for case in split.unlabelled[:3]]
     target = folder / "validation"
     target.mkdir(exist_ok=True)
-    kept: dict[str, tuple[np.ndarray, Prediction, tuple[float, float, float], Path | None]] = {}
+    kept: dict[str, tuple[np.ndarray, Prediction, Geometry, Path | None]] = {}
     with Display("validate", 0, len(shown)) as display:
         for number, (case, reference) in enumerate(shown, 1):
             volume, geometry = read_volume(case.images)
             prediction = predictor.predict_volume(volume, geometry)
             if split.val:
                 write_image(prediction.label, geometry, target / f"{case.name}.nii.gz")
-            kept[case.name] = (volume[0], prediction, geometry.spacing_mm, reference)
+            kept[case.name] = (volume[0], prediction, geometry, reference)
             display.update(number, note=case.name)
     names = list(kept)
     if split.val:
         names = _evaluate(folder, split.val, target)
     (folder / "figures").mkdir(exist_ok=True)
     for rank, name in names_with_rank(names):
-        image, prediction, spacing, reference = kept[name]
-        _figure(folder / "figures" / f"{rank}_{name}.npz", name, rank, image, prediction, spacing, reference)
+        image, prediction, geometry, reference = kept[name]
+        _figure(folder / "figures" / f"{rank}_{name}.npz", name, rank, image, prediction, geometry, reference)
 
 
 def names_with_rank(names: list[str]) -> list[tuple[str, str]]:
@@ -155,7 +156,7 @@ def _figure(
     rank: str,
     image: np.ndarray,
     prediction: Prediction,
-    spacing: tuple[float, float, float],
+    geometry: Geometry,
     reference: Path | None,
 ) -> None:
     from scarceseg.data.images import read_image
@@ -164,5 +165,9 @@ def _figure(
     if reference is not None:
         arrays["reference"] = read_image(reference)[0].astype(np.uint8)
     np.savez_compressed(
-        path, title=f"{name} ({rank})" if not rank.startswith("case") else name, spacing_mm=spacing, **arrays
+        path,
+        title=name if rank.startswith("case") else f"{name} ({rank})",
+        spacing_mm=geometry.spacing_mm,
+        direction=geometry.direction,
+        **arrays,
     )
