@@ -13,11 +13,11 @@ from scarceseg.evaluation.evaluate import evaluate
 from scarceseg.inference.predictor import predict
 
 METHODS = ("supervised", "mean-teacher")
-LABELLED, CASES, TEST = 2, 14, 4
+LABELLED, CASES, TEST = 4, 16, 4
 
 
 def demo_config(data: Path, method: str, seed: int) -> Config:
-    """A small run: V-Net with 8 filters, 48x48x32 patches, 200 iterations."""
+    """A small run: V-Net with 8 filters, 48x48x32 patches, 400 iterations."""
     return Config.build(
         {
             "dataset": str(data),
@@ -25,9 +25,8 @@ def demo_config(data: Path, method: str, seed: int) -> Config:
             "labeled": LABELLED,
             "network": {"name": "vnet", "args": {"n_filters": 8}},
             "plan": {"patch": [48, 48, 32]},
-            "iterations": 200,
-            # With so few iterations the published SGD recipe has hardly begun to learn.
-            "optim": {"name": "adamw", "lr": 0.002, "weight_decay": 0.01, "schedule": "poly"},
+            "iterations": 400,
+            "optim": {"schedule": "poly"},
             "seed": seed,
         }
     )

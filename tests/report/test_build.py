@@ -296,7 +296,7 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
             "--dump-dom",
             (tmp_path / "probe.html").as_uri(),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=False)
     assert "SCRIPT ERROR" not in done.stdout.replace(probe, "").split("<footer", 1)[-1].split("<script", 1)[0]
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-500:]
