@@ -2,7 +2,7 @@
 
     python benchmarks/step_speed.py [--methods mean-teacher] [--patch 112,112,80] [--repeats 2] [--device cpu]
 
-A step is 2 labelled and 2 unlabelled patches through V-Net-16: forward, terms, backward, update, EMA.
+A step is 2 labelled and, where a term reads them, 2 unlabelled patches through V-Net-16: forward, terms, backward, update, EMA.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def seconds(
         term.to(device)
     student.train()
     optimizer = build_optimizer(OptimConfig(), student, terms)
+    reads = any("unlabelled" in term.reads for term in terms.values())
     batch = (
         Labelled(torch.randn(2, 1, *patch), torch.randint(0, 2, (2, *patch)), ("a", "b")),
-        Unlabelled(torch.randn(2, 1, *patch), ("c", "d")),
+        Unlabelled(torch.randn(2, 1, *patch), ("c", "d")) if reads else None,
     )
     generator = torch.Generator(device=device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext

@@ -42,7 +42,6 @@ def la_development() -> str:
                 "HD95 [mm]": _number(row["hd95_mm"]),
                 "ASD [mm]": _number(row["asd_mm"]),
                 "failed": row["failed"],
-                "s/step": f"{row['seconds_per_step']:.2f}",
                 "published Dice": " / ".join(f"{p:.1f}" for p in published) or "-",
             }
         )

@@ -12,6 +12,7 @@ from torch import nn
 
 Precision = Literal["fp32", "bf16"]
 MemoryFormat = Literal["contiguous", "channels_last_3d"]
+Arithmetic = tuple[Precision, MemoryFormat]
 
 # bf16 costs mantissa bits: it has to pay for them.
 _BF16_GAIN = 1.15
@@ -24,29 +25,35 @@ def to_memory_format(module: nn.Module, memory_format: str) -> nn.Module:
 
 
 def seconds_per_step(
-    network: nn.Module,
-    shape: Sequence[int],
-    device: torch.device,
-    precision: Precision,
-    memory_format: MemoryFormat,
-    repeats: int = 2,
-) -> float:
-    """Best time of one forward and backward pass on random input of `shape` ``[B, C, X, Y, Z]``, seconds."""
-    model = to_memory_format(copy.deepcopy(network).to(device), memory_format).train()
+    network: nn.Module, shape: Sequence[int], device: torch.device, options: Sequence[Arithmetic], repeats: int = 2
+) -> dict[Arithmetic, float]:
+    """Best time of one forward and backward pass on random input of `shape` ``[B, C, X, Y, Z]``, seconds.
+
+    The options take turns, so that other work on the machine slows all of them and not just one.
+    """
+    models = {o: to_memory_format(copy.deepcopy(network).to(device), o[1]).train() for o in options}
     x = torch.randn(*shape, device=device)
+    best = dict.fromkeys(options, float("inf"))
+    for turn in range(repeats + 1):
+        for option in options:
+            seconds = _seconds(models[option], x, *option)
+            if turn:  # the first turn warms up
+                best[option] = min(best[option], seconds)
+    return best
+
+
+def _seconds(model: nn.Module, x: torch.Tensor, precision: Precision, memory_format: MemoryFormat) -> float:
     if memory_format == "channels_last_3d":
         x = x.contiguous(memory_format=torch.channels_last_3d)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(x)
-        logits.float().square().mean().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
-    return best
+    start = time.perf_counter()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(x)
+    logits.float().square().mean().backward()
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
 
 
 def _candidates(device: torch.device) -> list[Precision]:
@@ -56,8 +63,9 @@ def _candidates(device: torch.device) -> list[Precision]:
     """
     layer = nn.Conv3d(16, 16, 3, padding=1)
     shape = (2, 16, 32, 32, 32)
-    fp32 = seconds_per_step(layer, shape, device, "fp32", "channels_last_3d")
-    bf16 = seconds_per_step(layer, shape, device, "bf16", "channels_last_3d")
+    fp32, bf16 = seconds_per_step(
+        layer, shape, device, [("fp32", "channels_last_3d"), ("bf16", "channels_last_3d")]
+    ).values()
     return ["fp32", "bf16"] if bf16 < fp32 else ["fp32"]
 
 
@@ -73,7 +81,8 @@ def choose(
     """Fastest combination of those the settings leave open.
 
     The test uses two patches of at most 48 voxels a side. bf16 is taken only when it is at least 1.15 times faster than
-    float32 in the same run.
+    float32 in the same run. Formats differ in rounding: two runs are equal bit for bit only with the same choice, which
+    a run keeps in its folder and ``precision`` and ``memory_format`` of the config fix.
 
     Returns:
         Precision, memory format, and the measured seconds by ``precision/memory format`` (empty when nothing was open).
@@ -87,9 +96,8 @@ def choose(
         torch.set_rng_state(state)
         return precisions[0], formats[0], {}
     sides = [max(min(p, 48) // d, 1) * d for p, d in zip(patch, divisor, strict=True)]
-    times = {
-        (p, f): seconds_per_step(network, (2, channels, *sides), device, p, f) for p in precisions for f in formats
-    }
+    options = [(p, f) for p in precisions for f in formats]
+    times = seconds_per_step(network, (2, channels, *sides), device, options)
     torch.set_rng_state(state)
     measured = {f"{p}/{f}": round(seconds, 4) for (p, f), seconds in times.items()}
     fastest = min(times, key=lambda key: times[key] * (_BF16_GAIN if key[0] == "bf16" else 1.0))
