@@ -76,7 +76,7 @@ def train(
         (supervised + consistency_weight(t, total) * consistency).backward()
         optimizer.step()
         follow(teacher, student, t)
-        history.append((float(supervised), float(consistency)))
+        history.append((supervised.item(), consistency.item()))
     return history
 
 

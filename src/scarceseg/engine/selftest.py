@@ -59,7 +59,7 @@ def _seconds(model: nn.Module, x: torch.Tensor, precision: Precision, memory_for
 def _candidates(device: torch.device) -> list[Precision]:
     """bf16 is worth a test of the whole network only where a single convolution is faster with it.
 
-    On processors without bf16 instructions it is several times slower, and the test would take longer than it saves.
+    On processors without bf16 instructions it is slower, and the test of a whole network would cost more than it saves.
     """
     layer = nn.Conv3d(16, 16, 3, padding=1)
     shape = (2, 16, 32, 32, 32)
