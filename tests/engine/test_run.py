@@ -121,7 +121,7 @@ def start(data: Path, out: Path, cache: Path, iterations: int) -> subprocess.Pop
 
 def test_kill_9_at_random_moments(data: Path, tmp_path: Path) -> None:
     """Ten kills: some while it starts, most in the middle of training and of writing checkpoints."""
-    iterations = 60
+    iterations = 200
     out, cache = tmp_path / "killed", tmp_path / "cache"
     draw = random.Random(3)
     kills = 0
