@@ -1,0 +1,212 @@
+"""The two small interfaces behind which every foundation model stands, and the frozen objects they exchange.
+
+`Promptable` pays once per volume (`embed`) and answers many prompts cheaply (`segment`). `Tunable` hands out a network
+``[B, C, X, Y, Z] -> logits [B, K, X, Y, Z]`` that the one training loop tunes and the sliding window predicts with, like any
+student. What lies between volume and model (intensity range, spacing, mosaic, crop, frame of the prompt) is the adapter's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from scarceseg.errors import DataError
+from scarceseg.types import ImageBatch, Logits, Prompt
+
+PromptKind = Literal["point", "box", "mask"]
+Strategy = Literal["lora", "decoder", "adapter"]
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What a model keeps of a batch of volumes, so that each further prompt is cheap.
+
+    Attributes:
+        features: tensors of the adapter, each with the batch as first axis.
+        size: voxels ``(X, Y, Z)`` of the volumes embedded; prompts and masks live in this frame.
+        frame: what the adapter needs to know besides, equal for all rows (grid of a mosaic, crop, scale).
+    """
+
+    features: dict[str, torch.Tensor]
+    size: tuple[int, int, int]
+    frame: Any = None
+
+    def __len__(self) -> int:
+        return next(iter(self.features.values())).shape[0]
+
+    def select(self, rows: Sequence[int]) -> Embedding:
+        """The embedding with these rows, in this order; a row may come several times (several prompts on one volume)."""
+        index = torch.as_tensor(list(rows), device=next(iter(self.features.values())).device)
+        return Embedding({name: value[index] for name, value in self.features.items()}, self.size, self.frame)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The answer to a batch of prompts, in the voxel frame of the embedded volumes.
+
+    Attributes:
+        logits: ``[B, X, Y, Z]`` foreground logit; positive is inside.
+        quality: ``[B]`` the model's own estimate of the mask's IoU, in [0, 1].
+        memory: tensors (batch first) the model wants back in the next round of clicks, e.g. its low-resolution logits.
+    """
+
+    logits: torch.Tensor
+    quality: torch.Tensor
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def probability(self) -> torch.Tensor:
+        """Foreground probability ``[B, X, Y, Z]`` in [0, 1]."""
+        return torch.sigmoid(self.logits)
+
+
+class Promptable(ABC):
+    """A frozen model that segments what a prompt points at.
+
+    An implementation keeps its network in evaluation mode without gradients (`freeze`) and is built once a run.
+
+    Attributes:
+        name: as registered, for messages and results.
+        prompt_kinds: what `segment` understands.
+    """
+
+    name: str
+    prompt_kinds: frozenset[PromptKind]
+
+    @abstractmethod
+    def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:
+        """Do the expensive part once.
+
+        Args:
+            image: ``[B, C, X, Y, Z]`` intensities of any affine scale (raw or z-scored); the adapter normalises.
+            spacing_mm: distance of voxel centres along X, Y, Z.
+
+        Raises:
+            DataError: a number of channels or a size the model cannot take.
+        """
+
+    @abstractmethod
+    def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
+        """Answer one prompt per row of the embedding.
+
+        Args:
+            embedding: of `embed`; use `Embedding.select` for several prompts on one volume.
+            prompts: one per row, all clicks so far (clicks accumulate), in voxel indices of the embedded volume.
+            previous: answer of the last round for the same rows, for models that refine their own mask.
+
+        Raises:
+            DataError: wrong number of prompts, a kind the model does not know, or a prompt outside the volume.
+        """
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Promptable:
+        """Move the weights; returns itself."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a `Tunable` is opened for training.
+
+    Attributes:
+        strategy: ``lora`` (low-rank q and v, prompt encoder and decoder trained), ``decoder`` (the decoder alone) or
+            ``adapter`` (bottlenecks behind the frozen blocks, and the decoder).
+        rank: rank of LoRA, or width of the adapters' bottleneck.
+    """
+
+    strategy: Strategy = "lora"
+    rank: int = 4
+
+
+class TunedModel(nn.Module, ABC):
+    """A foundation model opened for some classes: a network like a student, with most of its weights frozen.
+
+    ``forward`` takes ``[B, C, X, Y, Z]`` normalised intensities and gives logits ``[B, K, X, Y, Z]`` in the same frame.
+    """
+
+    @abstractmethod
+    def forward(self, image: ImageBatch) -> Logits:
+        """Class logits of a batch of volumes or patches."""
+
+    @abstractmethod
+    def tuned_state(self) -> dict[str, torch.Tensor]:
+        """Only what tuning changed, under published names where there are any: what a stage saves."""
+
+    @abstractmethod
+    def load_tuned_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `tuned_state` gave.
+
+        Raises:
+            DataError: missing or unexpected names, or other shapes.
+        """
+
+
+class Tunable(ABC):
+    """A model that can be fine-tuned on a few labelled volumes."""
+
+    name: str
+
+    @abstractmethod
+    def tunable(self, channels: int, classes: int, tuning: Tuning, size: tuple[int, int, int]) -> TunedModel:
+        """A fresh network to tune; the frozen original is never changed.
+
+        Args:
+            channels: image channels C.
+            classes: K, background included.
+            tuning: strategy and rank.
+            size: voxels (X, Y, Z) of the patches or volumes it will see; fixes the mosaic's grid.
+
+        Raises:
+            ConfigError: a strategy the model does not offer.
+        """
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """Evaluation mode and no gradient, for good; returns the network."""
+    return network.eval().requires_grad_(False)
+
+
+def check_prompts(model: Promptable, embedding: Embedding, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts a model cannot answer, in one clear message.
+
+    Raises:
+        DataError: count, kind, shape, or a place outside the volume.
+    """
+    if len(prompts) != len(embedding):
+        raise DataError(f"{model.name}: expected {len(embedding)} prompts, one per embedded row, got {len(prompts)}")
+    for prompt in prompts:
+        _check_kinds(model, prompt)
+        for what, points in (("point", prompt.points_voxel), ("box corner", prompt.box_voxel)):
+            if points is not None:
+                _check_inside(what, points, embedding.size)
+        if prompt.mask is not None and tuple(prompt.mask.shape) != embedding.size:
+            raise DataError(f"mask prompt: expected the volume's size {embedding.size}, got {tuple(prompt.mask.shape)}")
+
+
+def _check_kinds(model: Promptable, prompt: Prompt) -> None:
+    parts = {"point": prompt.points_voxel, "box": prompt.box_voxel, "mask": prompt.mask}
+    given = [kind for kind, value in parts.items() if value is not None]
+    unknown = [kind for kind in given if kind not in model.prompt_kinds]
+    if unknown:
+        known = ", ".join(sorted(model.prompt_kinds))
+        raise DataError(f"{model.name} does not understand a {unknown[0]} prompt: use {known}")
+    if not given:
+        raise DataError(f"{model.name}: an empty prompt; give at least one of {', '.join(sorted(model.prompt_kinds))}")
+    if prompt.points_voxel is not None:
+        labels = prompt.point_labels
+        if labels is None or len(labels) != len(prompt.points_voxel):
+            raise DataError(f"expected one label (1 inside, 0 outside) for each of {len(prompt.points_voxel)} points")
+
+
+def _check_inside(what: str, points: torch.Tensor, size: tuple[int, int, int]) -> None:
+    limit = torch.tensor(size, device=points.device)
+    outside = ((points < 0) | (points >= limit)).any(dim=-1)
+    if outside.any():
+        first = tuple(round(float(value), 2) for value in points[outside][0])
+        highest = tuple(side - 1 for side in size)
+        raise DataError(f"{what} {first} lies outside the volume: expected voxel indices from (0, 0, 0) to {highest}")
