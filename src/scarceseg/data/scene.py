@@ -23,22 +23,23 @@ REACH = 0.15
 """Distances are right at least so far outside of a shape."""
 
 
-def smooth_fields(rng: np.random.Generator, shape: Sequence[int], count: int, cells: int) -> Field:
+def smooth_fields(rng: np.random.Generator, shape: Sequence[int], count: int, cells: int | Sequence[int]) -> Field:
     """Random smooth functions: cubic B-splines with normal coefficients on a coarse grid.
 
     Args:
         rng: source of the coefficients.
         shape: voxels ``(X, Y, Z)``.
         count: number of functions.
-        cells: spline pieces along each axis; more is rougher.
+        cells: spline pieces along each axis (one number, or one an axis); more is rougher.
 
     Returns:
         ``[count, X, Y, Z]`` of about unit variance.
     """
-    fields: Field = rng.standard_normal((count, *(cells + 3,) * 3), dtype=np.float32)
+    pieces = (cells,) * 3 if isinstance(cells, int) else tuple(cells)
+    fields: Field = rng.standard_normal((count, *(n + 3 for n in pieces)), dtype=np.float32)
     fields /= np.float32((151 / 315) ** 1.5)  # 151/315: mean sum of squares of the cubic basis along one axis
-    knots = np.arange(-3, cells + 4, dtype=np.float64) / cells
-    for size in shape:
+    for size, n in zip(shape, pieces, strict=True):
+        knots = np.arange(-3, n + 4, dtype=np.float64) / n
         basis = BSpline.design_matrix((np.arange(size) + 0.5) / size, knots, 3).toarray().astype(np.float32)
         # Contracts the axis in front and appends it behind: after three turns the order is X, Y, Z again.
         fields = np.tensordot(fields, basis, axes=(1, 1))

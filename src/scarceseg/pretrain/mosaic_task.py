@@ -1,0 +1,141 @@
+"""The task of `tiny-sam`: find the target in every slice of a stitched mosaic, from clicks on some of them.
+
+A click on one tile must select the same thing in its neighbours, which teaches the encoder where tiles lie in the volume and what
+belongs together; that is what tuning on one labelled mosaic needs afterwards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import SamModel
+
+from scarceseg.foundation.tiny_sam3d_net import EncodedPrompt
+from scarceseg.pretrain.click_task import dialogue, region_loss, target_losses
+from scarceseg.pretrain.volumes import TRAINING, Setting, draw_target, make_volume
+
+STARTS = {"click": 0.8, "mask": 0.2}
+CLICKS = {1: 0.3, 2: 0.3, 3: 0.2, 5: 0.2}
+
+
+class MosaicTask:
+    """Interactive segmentation of stitched synthetic volumes.
+
+    Args:
+        network: the small SAM.
+        grid: tiles along each side of the canvas; volumes have ``grid**2`` slices.
+        targets: targets of each volume; one volume a step.
+        setting: of the generator.
+    """
+
+    def __init__(self, network: SamModel, grid: int = 7, targets: int = 3, setting: Setting = TRAINING) -> None:
+        self.network, self.grid, self.targets, self.setting = network, grid, targets, setting
+        vision = network.config.vision_config
+        self.tile = vision.image_size // grid
+        self.patch = vision.patch_size
+
+    def loss(self, rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
+        """Dice and cross-entropy of the masks, error of the quality, and how well tokens tell regions apart."""
+        shape = (self.tile, self.tile, self.grid**2)
+        masks: list[np.ndarray] = []
+        while not masks:
+            volume = make_volume(rng, shape, self.setting)
+            masks = [mask for _ in range(self.targets) if (mask := draw_target(rng, volume)) is not None]
+        target = torch.from_numpy(np.stack(masks))
+        canvas = to_canvas(torch.from_numpy(volume.image)[None], self.grid)
+        embedding = self.network.vision_encoder(canvas[:, None].expand(-1, 3, -1, -1)).last_hidden_state
+        region = to_canvas(torch.from_numpy(volume.region)[None], self.grid)[0]
+        middle = self.patch // 2
+        tokens = region[middle :: self.patch, middle :: self.patch].numpy()
+        similar = region_loss(embedding, [tokens], rng, heads=1)
+        # Masks come at half the canvas' resolution; the target is compared there.
+        small = F.avg_pool3d(target.float()[:, None], (2, 2, 1))[:, 0] > 0.5
+        if not small.flatten(1).any(1).all():
+            small = target[:, ::2, ::2]
+        losses = target_losses(dialogue(_Answer(self, embedding), small, rng, STARTS, CLICKS), small)
+        total = losses["mask"] + 0.2 * losses["quality"] + 0.3 * similar
+        return {"loss": total, "similar": similar, **losses}
+
+
+class _Answer:
+    """The decoder, asked in the frame of the half-resolution volume."""
+
+    def __init__(self, task: MosaicTask, embedding: torch.Tensor) -> None:
+        self.task, self.embedding = task, embedding
+        self.position = task.network.get_image_wide_positional_embeddings()
+
+    def __call__(self, prompt: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor]:
+        task, sam, rows = self.task, self.task.network, len(prompt.points)
+        x, y, z = (2 * prompt.points[..., 0] + 0.5, 2 * prompt.points[..., 1] + 0.5, prompt.points[..., 2].long())
+        pixel = torch.stack([(z % task.grid) * task.tile + x, (z // task.grid) * task.tile + y], -1)
+        mask = None
+        if prompt.mask is not None:
+            canvas = to_canvas(prompt.mask[:, 0], task.grid)[:, None]
+            mask = torch.logit(canvas.clamp(1e-4, 1 - 1e-4))
+        sparse, dense = sam.prompt_encoder(pixel[:, None], prompt.labels[:, None], None, mask)
+        low, quality = sam.mask_decoder(
+            self.embedding.expand(rows, -1, -1, -1), self.position.expand(rows, -1, -1, -1), sparse, dense, False
+        )
+        return from_canvas(low[:, 0, 0], task.grid), quality[:, 0, 0]
+
+
+def to_canvas(volume: torch.Tensor, grid: int) -> torch.Tensor:
+    """``[B, X, Y, grid*grid]`` to ``[B, grid*Y, grid*X]``: slice by slice, row by row."""
+    b, x, y, _ = volume.shape
+    return volume.reshape(b, x, y, grid, grid).permute(0, 3, 2, 4, 1).reshape(b, grid * y, grid * x)
+
+
+def from_canvas(canvas: torch.Tensor, grid: int) -> torch.Tensor:
+    """Inverse of `to_canvas`."""
+    b, rows, columns = canvas.shape
+    y, x = rows // grid, columns // grid
+    return canvas.reshape(b, grid, y, grid, x).permute(0, 4, 2, 1, 3).reshape(b, x, y, grid * grid)
+
+
+def tiny_sam_network(seed: int = 0) -> SamModel:
+    """A fresh small SAM: canvas 392 = 7 x 7 tiles of 56, tokens of 8 pixels, 6 blocks of width 192.
+
+    Windows of 7 tokens are exactly one slice, the other blocks look at the whole mosaic. There are no relative positions (a
+    distance on the mosaic is not a distance in the volume); the absolute table starts as a code of the place in the volume.
+    """
+    from transformers import SamConfig
+
+    torch.manual_seed(seed)
+    grid, tile, patch, width = 7, 56, 8, 192
+    side, common = grid * tile, {"hidden_size": 128}
+    config = SamConfig(
+        vision_config={
+            "hidden_size": width,
+            "output_channels": 128,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "image_size": side,
+            "patch_size": patch,
+            "window_size": tile // patch,
+            "global_attn_indexes": [1, 3, 5],
+            "num_pos_feats": 64,
+            "mlp_dim": 4 * width,
+            "initializer_range": 0.02,
+            "use_rel_pos": False,
+        },
+        prompt_encoder_config=common | {"image_size": side, "patch_size": patch, "mask_input_channels": 16},
+        mask_decoder_config=common | {"mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": 64},
+    )
+    network = SamModel(config)
+    with torch.no_grad():
+        network.vision_encoder.pos_embed.copy_(0.5 * _volume_code(grid, tile // patch, width))
+    return network
+
+
+def _volume_code(grid: int, tokens: int, width: int) -> torch.Tensor:
+    """Sines and cosines of the place in the volume of each token ``[1, E, E, width]``, a third of the channels an axis."""
+    place = torch.arange(tokens, dtype=torch.float32) / tokens
+    depth = torch.arange(grid**2, dtype=torch.float32) / grid**2
+    x, y, z = torch.meshgrid(place, place, depth, indexing="ij")
+    parts = []
+    for axis in (x, y, z):
+        waves = torch.pi * 2 ** torch.linspace(0, 4, width // 6) * axis[..., None]
+        parts += [waves.sin(), waves.cos()]
+    code = torch.cat(parts, -1).permute(3, 0, 1, 2)
+    return to_canvas(code, grid).permute(1, 2, 0)[None]
