@@ -11,7 +11,7 @@ The flow, and the folders that show it::
 the one loop and leaves a run folder, `inference` writes masks in the geometry of their input, `evaluation` measures
 them and `report` shows a run on one page.
 
-Public names: `Config`, `train`, `predict`, `evaluate`, and the errors they raise.
+Public names: `Config`, `train`, `predict`, `segment`, `evaluate`, and the errors they raise.
 """
 
 from __future__ import annotations
@@ -26,15 +26,27 @@ if TYPE_CHECKING:
     from scarceseg.engine.run import train
     from scarceseg.evaluation.evaluate import evaluate
     from scarceseg.inference.predictor import predict
+    from scarceseg.inference.segment import segment
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "DataError", "RunError", "ScarceSegError", "evaluate", "predict", "train"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataError",
+    "RunError",
+    "ScarceSegError",
+    "evaluate",
+    "predict",
+    "segment",
+    "train",
+]
 
 # Loaded at first use, so that `scarceseg --help` does not wait for PyTorch.
 _LAZY = {
     "Config": "scarceseg.config",
     "train": "scarceseg.engine.run",
     "predict": "scarceseg.inference.predictor",
+    "segment": "scarceseg.inference.segment",
     "evaluate": "scarceseg.evaluation.evaluate",
 }
 

@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 datasets_app = typer.Typer(help="Public datasets: list, download, convert.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
+foundations_app = typer.Typer(help="Weights of foundation models: list, download, check.", no_args_is_help=True)
+app.add_typer(foundations_app, name="foundations")
 
 DatasetArg = Annotated[Path, typer.Argument(help="Folder in nnU-Net raw layout (dataset.json, imagesTr, labelsTr).")]
 LabeledOpt = Annotated[
@@ -185,6 +187,49 @@ def evaluate(
 
 
 @app.command()
+def segment(
+    image: Annotated[Path, typer.Argument(help="Image file, or folder with one DICOM series.")],
+    out: Annotated[Path, typer.Option(help="Mask to write, on the grid of the image.")],
+    foundation: Annotated[str, typer.Option(help="Model: a name of 'foundations list', or a file.")] = "tiny-sam3d",
+    point: Annotated[
+        list[str] | None, typer.Option(help="Click inside: X,Y,Z, voxels from 0. May be repeated.")
+    ] = None,
+    negative: Annotated[list[str] | None, typer.Option(help="Click outside: X,Y,Z. May be repeated.")] = None,
+    box: Annotated[str | None, typer.Option(help="Box: X0,Y0,Z0,X1,Y1,Z1, both corners inside it.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="First mask or probability, on the grid of the image.")] = None,
+    world: Annotated[bool, typer.Option("--world", help="Places are in mm, LPS (ITK, DICOM).")] = False,
+    ras: Annotated[bool, typer.Option("--ras", help="Places are in mm, RAS (NIfTI, 3D Slicer).")] = False,
+    channel: Annotated[int | None, typer.Option(min=0, help="Channel of a file that holds several.")] = None,
+    probabilities: Annotated[Path | None, typer.Option(help="Also write the probability here.")] = None,
+    keep: Annotated[str, typer.Option(help="Pieces kept: clicked (those with a click inside) or all.")] = "clicked",
+    view: Annotated[str | None, typer.Option(help="How a 2D SAM sees a volume: slices or mosaic.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Segment what clicks, a box or a mask point at, with a foundation model and no training."""
+    from scarceseg.inference.segment import segment_typed
+
+    result = segment_typed(
+        image,
+        point=point or [],
+        negative=negative or [],
+        box=box,
+        mask=mask,
+        foundation=foundation,
+        world=world,
+        ras=ras,
+        channel=channel,
+        keep=keep,
+        device=device,
+        out=out,
+        probabilities=probabilities,
+        view=view,
+    )
+    for note in result.notes:
+        typer.echo(f"warning: {note}", err=True)
+    typer.echo(f"mask: {out}  {result}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Make the report of a run again."""
     from scarceseg.report import build_report
@@ -226,6 +271,42 @@ def datasets_convert(
     from scarceseg.settings import read_assignments
 
     typer.echo(f"dataset: {convert_dataset(name, src, dst, **read_assignments(set_ or []))}")
+
+
+@foundations_app.command("list")
+def foundations_list(
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON, with more facts.")] = False,
+) -> None:
+    """Show the known weights: licence, size, source, and whether they are here."""
+    from scarceseg.foundation.weights import print_weights
+
+    print_weights(as_json=json)
+
+
+@foundations_app.command("get")
+def foundations_get(
+    name: Annotated[str, typer.Argument(help="Name of the weights, see 'foundations list'.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the file; default is the cache, where it is found.")
+    ] = None,
+) -> None:
+    """Download weights; a later call goes on with an interrupted one."""
+    from scarceseg.foundation.weights import get
+
+    typer.echo(f"weights: {get(name, out)}")
+
+
+@foundations_app.command("check")
+def foundations_check(
+    file: Annotated[Path, typer.Argument(help="File of weights, Hugging Face folder, or run folder.")],
+) -> None:
+    """Tell what a file of weights is, and which names it lacks or has too many; exit status 2 when it does not fit."""
+    from scarceseg.foundation.identify import check
+
+    found = check(file)
+    typer.echo(found.text)
+    if not found.ok:
+        raise typer.Exit(2)
 
 
 def _config(

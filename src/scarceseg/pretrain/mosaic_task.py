@@ -123,9 +123,25 @@ def tiny_sam_network(seed: int = 0) -> SamModel:
         mask_decoder_config=common | {"mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": 64},
     )
     network = SamModel(config)
+    _start_like_the_original(network)
     with torch.no_grad():
         network.vision_encoder.pos_embed.copy_(0.5 * _volume_code(grid, tile // patch, width))
     return network
+
+
+def _start_like_the_original(network: SamModel) -> None:
+    """First weights of the decoder as PyTorch draws them, and positions of unit frequency.
+
+    Hugging Face's own (deviation 0.02, positions of frequency 64) are meant to be overwritten by a checkpoint: from them the
+    masks start at 1e-4 of a logit and clicks cannot be located, and training stays at the empty mask.
+    """
+    for part in (network.prompt_encoder, network.mask_decoder, network.vision_encoder.neck):
+        for module in part.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Embedding):
+                module.reset_parameters()
+    frequencies = network.shared_image_embedding.positional_embedding
+    frequencies.requires_grad_(False)
+    frequencies.data.normal_(0, 2.0)
 
 
 def _volume_code(grid: int, tokens: int, width: int) -> torch.Tensor:

@@ -1,0 +1,238 @@
+"""`tiny-sam3d`: our own small promptable 3D model, pre-trained on synthetic volumes alone, in the package. (ours)
+
+A volume is resampled as a whole to a grid whose sides are multiples of 16; clicks, boxes and masks move along, answers move back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from scipy import ndimage
+
+from scarceseg.engine.checkpoint import write_atomic
+from scarceseg.errors import ConfigError, DataError
+from scarceseg.foundation import FOUNDATIONS
+from scarceseg.foundation.base import Embedding, Masks, Promptable, PromptKind, Spacing, check_prompts, freeze
+from scarceseg.foundation.tiny_sam3d_net import MULTIPLE, EncodedPrompt, TinySam3DConfig, TinySam3DNet
+from scarceseg.foundation.weights import find
+from scarceseg.types import ImageBatch, Prompt
+
+KIND = "tiny-sam3d"
+LONGEST = 112
+"""Voxels of the longest side of the grid a volume is brought to, unless its own voxels are coarser."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid a volume is seen on: the same field of view with other voxels.
+
+    Attributes:
+        size: voxels ``(X, Y, Z)`` of the volume.
+        seen: voxels of the model's grid, multiples of 16.
+    """
+
+    size: tuple[int, int, int]
+    seen: tuple[int, int, int]
+
+    @classmethod
+    def fit(cls, size: tuple[int, int, int], spacing_mm: Spacing, longest: int) -> Grid:
+        """About cubic voxels, no finer than the volume's finest and at most `longest` along the longest side.
+
+        Sides are rounded to multiples of 16 by stretching: the network has seen stretched things, but no empty margin.
+        """
+        extent = [n * mm for n, mm in zip(size, spacing_mm, strict=True)]
+        voxel = max(min(spacing_mm), max(extent) / longest)
+        x, y, z = (max(1, round(e / voxel / MULTIPLE)) * MULTIPLE for e in extent)
+        return cls(size, (x, y, z))
+
+    def put(self, volume: torch.Tensor) -> torch.Tensor:
+        """``[B, C, X, Y, Z]`` onto the model's grid: averaged where it is coarser, trilinear elsewhere."""
+        if self.seen == tuple(volume.shape[2:]):
+            return volume
+        factors = [n / m for n, m in zip(self.size, self.seen, strict=True)]
+        if max(factors) > 1.5:  # interpolation alone would skip voxels
+            between = tuple(m if f > 1.5 else n for n, m, f in zip(self.size, self.seen, factors, strict=True))
+            volume = F.adaptive_avg_pool3d(volume, between)
+        return F.interpolate(volume, size=self.seen, mode="trilinear", align_corners=False)
+
+    def take(self, seen: torch.Tensor) -> torch.Tensor:
+        """The inverse: ``[B, C, x, y, z]`` on the model's grid to the volume's voxels, trilinear."""
+        if self.size == tuple(seen.shape[2:]):
+            return seen
+        return F.interpolate(seen, size=self.size, mode="trilinear", align_corners=False)
+
+    def places(self, voxels: torch.Tensor) -> torch.Tensor:
+        """Voxel indices ``[..., 3]`` of the volume as (broken) indices of the model's grid."""
+        scale = voxels.new_tensor([m / n for n, m in zip(self.size, self.seen, strict=True)])
+        return (voxels + 0.5) * scale - 0.5
+
+
+class TinySam3D(Promptable):
+    """The small promptable 3D network on whole volumes.
+
+    Clicks accumulate; each round also sees the mask of the round before (`previous`), or the dense mask of the prompt. A mask
+    without a click gets one in its deepest voxel, since the network was never trained without.
+
+    Args:
+        network: with its weights; it is frozen.
+        name: for messages and results.
+        longest: see `Grid.fit`. More is finer and slower.
+        channel: image channel to look at; None takes the mean of all (each z-scored).
+        rows: prompts answered at once; bounds the memory.
+
+    Raises:
+        ConfigError: an impossible option.
+    """
+
+    prompt_kinds: frozenset[PromptKind] = frozenset({"point", "box", "mask"})
+
+    def __init__(
+        self,
+        network: TinySam3DNet,
+        *,
+        name: str = KIND,
+        longest: int = LONGEST,
+        channel: int | None = None,
+        rows: int = 4,
+    ) -> None:
+        if longest < MULTIPLE or rows < 1:
+            raise ConfigError(f"expected longest >= {MULTIPLE} and rows >= 1, got longest={longest}, rows={rows}")
+        freeze(network)
+        self.network, self.name = network, name
+        self.longest, self.channel, self.rows = longest, channel, rows
+
+    @classmethod
+    def from_file(cls, path: Path, name: str = KIND, **options: int | None) -> TinySam3D:
+        """Read a file of `save_tiny_sam3d`.
+
+        Raises:
+            DataError: no such file, or not of this model.
+        """
+        return cls(read_tiny_sam3d(path), name=name, **options)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> TinySam3D:
+        """Move the weights; returns itself."""
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:
+        """Embed whole volumes; see `Promptable.embed`.
+
+        Raises:
+            DataError: not five axes, or no such channel.
+        """
+        if image.ndim != 5:
+            raise DataError(f"{self.name}: expected images [B, C, X, Y, Z], got shape {list(image.shape)}")
+        if self.channel is not None and not 0 <= self.channel < image.shape[1]:
+            raise DataError(f"{self.name}: there is no channel {self.channel}, the image has {image.shape[1]} (0 first)")
+        volume = image.float() if self.channel is None else image[:, self.channel : self.channel + 1].float()
+        grid = Grid.fit((image.shape[2], image.shape[3], image.shape[4]), spacing_mm, self.longest)
+        seen = _z_score(_z_score(grid.put(volume)).mean(1, keepdim=True))
+        return Embedding(self.network.encoder(seen), grid.size, grid)
+
+    @torch.no_grad()
+    def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
+        """Answer one prompt per row; see `Promptable.segment`."""
+        check_prompts(self, embedding, prompts)
+        grid: Grid = embedding.frame
+        memory = None if previous is None else previous.memory["probability"]
+        logits, quality, seen = [], [], []
+        for start in range(0, len(prompts), self.rows):
+            rows = slice(start, start + self.rows)
+            encoded = self._encode(prompts[rows], grid, None if memory is None else memory[rows])
+            maps = {key: value[rows] for key, value in embedding.features.items()}
+            answer, sure = self.network.head(maps, encoded)
+            logits.append(grid.take(answer[:, None])[:, 0])
+            quality.append(sure)
+            seen.append(torch.sigmoid(answer)[:, None])
+        return Masks(torch.cat(logits), torch.cat(quality), {"probability": torch.cat(seen)})
+
+    def _encode(self, prompts: Sequence[Prompt], grid: Grid, memory: torch.Tensor | None) -> EncodedPrompt:
+        device = next(self.network.parameters()).device
+        clicks = [_clicks(prompt) for prompt in prompts]
+        most = max(1, *(len(points) for points, _ in clicks))
+        points = torch.zeros(len(prompts), most, 3, device=device)
+        labels = torch.full((len(prompts), most), -1, device=device)
+        boxes = torch.full((len(prompts), 2, 3), float("nan"), device=device)
+        for row, (prompt, (places, inside)) in enumerate(zip(prompts, clicks, strict=True)):
+            points[row, : len(places)] = grid.places(places.to(device).float())
+            labels[row, : len(inside)] = inside.to(device).long()
+            if prompt.box_voxel is not None:
+                boxes[row] = grid.places(prompt.box_voxel.to(device).float())
+        given = torch.tensor([prompt.mask is not None for prompt in prompts], device=device)
+        if memory is None and not given.any():
+            return EncodedPrompt(points, labels, boxes, None, given.float())
+        mask = torch.zeros(len(prompts), 1, *grid.seen, device=device) if memory is None else memory.clone()
+        for row, prompt in enumerate(prompts):
+            if prompt.mask is not None:
+                mask[row] = grid.put(prompt.mask.to(device).float()[None, None])[0]
+        known = given.float() if memory is None else torch.ones(len(prompts), device=device)
+        return EncodedPrompt(points, labels, boxes, mask, known)
+
+
+def _clicks(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clicks of a prompt; a mask that comes alone gets one in its deepest voxel."""
+    if prompt.points_voxel is not None and prompt.point_labels is not None:
+        return prompt.points_voxel, prompt.point_labels
+    none = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
+    if prompt.mask is None or prompt.box_voxel is not None or not (prompt.mask > 0.5).any():
+        return none
+    depth = torch.from_numpy(ndimage.distance_transform_edt((prompt.mask > 0.5).cpu().numpy()))
+    deepest = torch.stack(torch.unravel_index(depth.argmax(), depth.shape))
+    return deepest[None].float(), torch.ones(1, dtype=torch.long)
+
+
+def _z_score(volume: torch.Tensor) -> torch.Tensor:
+    mean = volume.mean((2, 3, 4), keepdim=True)
+    return (volume - mean) / (volume.std((2, 3, 4), keepdim=True) + 1e-6)
+
+
+def save_tiny_sam3d(path: Path, network: TinySam3DNet, note: dict[str, str] | None = None) -> None:
+    """Write the weights in half precision, with the sizes in the file's own description.
+
+    Args:
+        path: a ``.safetensors`` file.
+        network: what is written.
+        note: how it was made; kept in the file.
+    """
+    state = {key: value.detach().cpu().half().contiguous() for key, value in network.state_dict().items()}
+    about = {"kind": KIND, "config": json.dumps(network.config.to_dict())} | (note or {})
+    write_atomic(path, lambda file: save_file(state, file, metadata=about))
+
+
+def read_tiny_sam3d(path: Path) -> TinySam3DNet:
+    """Read what `save_tiny_sam3d` wrote; single precision again.
+
+    Raises:
+        DataError: no such file, damaged, or not of this model.
+    """
+    if not path.exists():
+        raise DataError(f"there is no file {path}: give a file of {KIND}, or the name {KIND} for the packaged one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"cannot read {path}: {error}; get the file again") from None
+    if about.get("kind") != KIND:
+        raise DataError(f"{path} holds {about.get('kind', 'weights of another model')}, expected {KIND}")
+    network = TinySam3DNet(TinySam3DConfig.from_dict(json.loads(about["config"])))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"{path} does not fit {KIND}: {str(error).splitlines()[-1].strip()}; get it again") from None
+    return network
+
+
+@FOUNDATIONS.register(KIND)
+def _tiny_sam3d(*, path: Path | None = None, longest: int = LONGEST, channel: int | None = None) -> TinySam3D:
+    """The packaged weights, or those of another file of the same kind."""
+    return TinySam3D.from_file(path or find(KIND), longest=longest, channel=channel)
