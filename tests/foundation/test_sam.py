@@ -24,6 +24,7 @@ from scarceseg.foundation.sam import (
     sam_config_from_state,
     upsample_masks,
 )
+from scarceseg.foundation.sam_config import parts
 from scarceseg.foundation.sam_keys import resize_tables, to_hugging_face, to_official
 
 CASES = {"sam2d_a": 2, "sam2d_padwin": 3}  # heads of the decoder, which no tensor shows
@@ -52,9 +53,9 @@ def near(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
-def prompt_of(arrays: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+def prompt_of(arrays: dict[str, torch.Tensor], kind: str) -> dict[str, Any]:
     kinds = {"points", "box", "mask"} if kind == "all" else set(kind.split("_"))
-    prompt = {}
+    prompt: dict[str, Any] = {}
     if "points" in kinds:
         prompt |= {"points": arrays["point_coords"], "labels": arrays["point_labels"]}
     if "box" in kinds:
@@ -100,8 +101,7 @@ def test_masks_of_the_original_size_are_the_published_ones(shared: Path, case: s
 def test_sizes_are_read_from_the_tensors(shared: Path, case: str) -> None:
     state, _, config = published(shared, case)
     for names in (state, to_hugging_face(state)):
-        found = sam_config_from_state(names, CASES[case])
-        vision, prompt, decoder = found.vision_config, found.prompt_encoder_config, found.mask_decoder_config
+        vision, prompt, decoder = parts(sam_config_from_state(names, CASES[case]))
         assert (vision.hidden_size, vision.num_hidden_layers) == (config["embed_dim"], config["depth"])
         assert vision.num_attention_heads == config["num_heads"]
         assert vision.window_size == config["window_size"]
@@ -127,8 +127,9 @@ def test_every_tensor_of_vit_b_has_its_place(shared: Path) -> None:
     official = vit_b(shared)
     assert len(official) == 314
     config = sam_config_from_state(official)
-    assert config.vision_config.global_attn_indexes == [2, 5, 8, 11]
-    assert (config.vision_config.num_attention_heads, config.vision_config.window_size) == (12, 14)
+    vision = parts(config)[0]
+    assert vision.global_attn_indexes == [2, 5, 8, 11]
+    assert (vision.num_attention_heads, vision.window_size) == (12, 14)
     with torch.device("meta"):
         wanted = SamModel(config).state_dict()
     renamed = to_hugging_face(official)
@@ -193,14 +194,14 @@ def test_a_model_at_another_size_with_other_masks(shared: Path) -> None:
 
 
 def test_where_windows_fill_the_grid_the_published_blocks_are_global() -> None:
-    sizes = sam_config_from_state(small_state(depth=8, grid=4, lengths=[7] * 8), 2).vision_config
+    sizes = parts(sam_config_from_state(small_state(depth=8, grid=4, lengths=[7] * 8), 2))[0]
     assert sizes.global_attn_indexes == [1, 3, 5, 7] and sizes.window_size == 4
 
 
 def test_tables_left_at_another_size_are_resized_like_the_official_code() -> None:
     state = small_state(depth=2, grid=4, lengths=[5, 15])
     config = sam_config_from_state(state, 2)
-    assert config.vision_config.global_attn_indexes == [1] and config.vision_config.window_size == 3
+    assert parts(config)[0].global_attn_indexes == [1] and parts(config)[0].window_size == 3
     _, report = build_sam(config, state)
     assert len(report.resized) == 2
 

@@ -441,7 +441,7 @@ def test_built_from_a_file(tmp_path: Path) -> None:
 def test_impossible_options_are_refused() -> None:
     for options in ({"view": "side"}, {"normalise": "none"}, {"axis": 3}, {"batch": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
-            SamOptions(**options)  # type: ignore[arg-type]
+            SamOptions(**options)
 
 
 def test_tuning_leaves_the_original_as_it_is() -> None:

@@ -289,6 +289,18 @@ def test_points_cut_off_by_the_published_layout_are_refused() -> None:
         with pytest.raises(DataError, match="cut off by the published layout"):
             clipping.to_canvas(point[None])
     clipping.to_canvas(clipping.covered().nonzero())
+    # The same places asked the other way round: the rim beyond the canvas, and a row below the last one of the grid.
+    first, zero = clipping.origin[1] + clipping.padding[1], torch.tensor([0])
+    assert first < 0
+    _, rim = clipping.to_canvas(torch.tensor([[-first, 5, 40 - clipping.first_slot]]))  # in the first column of cells
+    assert rim[0, 0] == 0
+    clipping.to_volume(zero, rim)
+    with pytest.raises(DataError, match="on no slice"):
+        clipping.to_volume(zero, rim - torch.tensor([1.0, 0.0]))
+    narrow = Stitch.published((2, 2, 150), 21)
+    assert narrow.dropped == 50 and narrow.grid[0] * narrow.cell[0] == 20
+    with pytest.raises(DataError, match="on no slice"):
+        narrow.to_volume(zero, torch.tensor([[0.0, 20.0]]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -364,6 +376,15 @@ def test_types_stay(dtype: torch.dtype) -> None:
     kind = dtype if dtype.is_floating_point else torch.float32
     assert resized.stitch(volume).dtype == kind
     assert resized.unstitch(resized.stitch(volume)).dtype == kind
+
+
+def test_mixed_precision_around_it_changes_nothing() -> None:
+    stitch = Stitch.fit((5, 6, 7), 30, resize=True)
+    volume = torch.rand(1, 1, 5, 6, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = stitch.stitch(volume)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, stitch.stitch(volume))
 
 
 def test_labels_that_cannot_hold_the_ignore_value_change_type() -> None:

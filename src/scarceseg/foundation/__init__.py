@@ -1,7 +1,7 @@
 """Foundation models: volumes and prompts (or a few labels) come in, probabilities in the same voxel frame go out.
 
-One file a model or part; `FOUNDATIONS` finds them. Models stand behind `Promptable` and `Tunable` (`base`), so that the terms
-built on them never know which one it is.
+One file a part; `FOUNDATIONS` finds the models in ``models``. They stand behind `Promptable` and `Tunable` (`base`), so that
+the terms built on them never know which one it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from scarceseg.foundation.base import Embedding, Masks, Promptable, Tunable, Tun
 from scarceseg.registry import Registry
 
 FoundationModel = Promptable | Tunable
-FOUNDATIONS: Registry[Callable[[], FoundationModel]] = Registry("foundation model", "scarceseg.foundation")
+FOUNDATIONS: Registry[Callable[[], FoundationModel]] = Registry("foundation model", "scarceseg.foundation.models")
 
 __all__ = [
     "FOUNDATIONS",

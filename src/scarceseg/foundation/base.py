@@ -205,7 +205,7 @@ def _check_kinds(model: Promptable, prompt: Prompt) -> None:
 
 def _check_inside(what: str, points: torch.Tensor, size: tuple[int, int, int]) -> None:
     limit = torch.tensor(size, device=points.device)
-    outside = ((points < 0) | (points >= limit)).any(dim=-1)
+    outside = ~((points >= 0) & (points < limit)).all(dim=-1)  # NaN counts as outside
     if outside.any():
         first = tuple(round(float(value), 2) for value in points[outside][0])
         highest = tuple(side - 1 for side in size)

@@ -1,14 +1,12 @@
 """A name, a file or a folder -> a foundation model, ready behind its interface.
 
-The big published models are registered here; each of our own registers itself. A builder may take ``path`` (another file of
-its kind) and options of its own.
+Each model has a file in ``models`` with its builder. A builder may take ``path`` (another file of its kind) and options of its
+own.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ from scarceseg.errors import ConfigError, near_matches
 from scarceseg.foundation import FOUNDATIONS, FoundationModel
 from scarceseg.foundation.base import Promptable
 from scarceseg.foundation.identify import WORDS, identify
-from scarceseg.foundation.weights import find
+from scarceseg.foundation.models import check_options
+from scarceseg.foundation.models.sam import build_sam
+from scarceseg.foundation.models.sam_med3d import build_sam_med3d
 
 
 def load_foundation(name_or_file: str | Path, device: str | torch.device = "cpu", **options: Any) -> FoundationModel:
@@ -53,9 +53,9 @@ def _from_file(path: Path, options: dict[str, Any]) -> FoundationModel:
     if kind in {"tiny-sam", "tiny-sam3d"}:
         return _build(kind, FOUNDATIONS.get(kind), {"path": path, **options})
     builders: dict[str, Callable[..., FoundationModel]] = {
-        "sam-official": _sam,
-        "sam-hf": _sam,
-        "sam-med3d": _sam_med3d,
+        "sam-official": build_sam,
+        "sam-hf": build_sam,
+        "sam-med3d": build_sam_med3d,
     }
     if kind not in builders:
         hint = "run 'scarceseg foundations check' on it" if kind == "unknown" else "give the whole model"
@@ -64,41 +64,5 @@ def _from_file(path: Path, options: dict[str, Any]) -> FoundationModel:
 
 
 def _build(name: str, builder: Callable[..., FoundationModel], options: dict[str, Any]) -> FoundationModel:
-    _check_options(name, options, builder)
+    check_options(name, options, builder)
     return builder(**options)
-
-
-def _check_options(name: str, options: Mapping[str, Any], taker: Callable[..., Any]) -> None:
-    """Refuse options that the taker does not have by name; one with ``**options`` checks them itself.
-
-    Raises:
-        ConfigError: listing the options there are.
-    """
-    parameters = inspect.signature(taker).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = {parameter.name for parameter in parameters if parameter.default is not parameter.empty}
-    for option in options.keys() - known:
-        offered = ", ".join(sorted(known - {"path", "name"})) or "none"
-        raise ConfigError(f"foundation model {name!r} has no option {option!r}: its options are {offered}")
-
-
-def _sam(name: str, /, *, path: Path | None = None, **options: Any) -> FoundationModel:
-    """A SAM or MedSAM on volumes, slice by slice or as one mosaic."""
-    from scarceseg.foundation.sam_volume import SamPromptable
-
-    return SamPromptable.from_file(path or find(name), name=name, **options)
-
-
-def _sam_med3d(name: str, /, *, path: Path | None = None, **options: Any) -> FoundationModel:
-    """SAM-Med3D on volumes."""
-    from scarceseg.foundation.sam_med3d import SamMed3D
-
-    _check_options(name, options, SamMed3D)
-    return SamMed3D.from_file(path or find(name), name=name, **options)
-
-
-for _name in ("sam-vit-b", "sam-vit-l", "sam-vit-h", "medsam"):
-    FOUNDATIONS.register(_name)(partial(_sam, _name))
-for _name in ("sam-med3d", "sam-med3d-turbo"):
-    FOUNDATIONS.register(_name)(partial(_sam_med3d, _name))

@@ -20,7 +20,7 @@ from scipy import ndimage
 from scarceseg.data.geometry import matrix
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.foundation.base import Spacing, _check_inside
-from scarceseg.functional.clicks import error_distances
+from scarceseg.foundation.clicks import error_distances
 from scarceseg.inference.components import largest_component as keep_largest
 from scarceseg.types import Geometry, Prompt
 
@@ -338,21 +338,26 @@ def _spread(
     generator: torch.Generator | None,
     pieces: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Choose up to `count` of ``places [M, 3]``, deep and far from each other; the first of them one for each piece."""
+    """Choose up to `count` of ``places [M, 3]``, deep and far from each other; the first of them one for each piece.
+
+    Among equals the first click (of a piece) goes into their middle, a further one far from those before.
+    """
     position = places * torch.tensor(spacing_mm, dtype=torch.float32, device=places.device)
     near = torch.full_like(depth, torch.inf)
     ranks = [] if pieces is None else pieces.unique().tolist()
     chosen: list[int] = []
     for turn in range(min(count, len(places))):
         score = torch.minimum(depth, near)
-        if pieces is not None and turn < len(ranks):
+        first = turn == 0 or turn < len(ranks)
+        if first and pieces is not None:
             score = torch.where(pieces == ranks[turn], score, 0)
         best = score.max()
         if best <= 0:
             break
         if generator is None:
-            # Among equals the one farthest from the clicks before, then the first.
-            pick = int(torch.where(score >= best * (1 - 1e-6), near, -1).argmax())
+            equal = score >= best * (1 - 1e-6)
+            goal = -(position - position[equal].mean(dim=0)).norm(dim=1) if first else near
+            pick = int(torch.where(equal, goal, -torch.inf).argmax())
         else:
             pool = (score >= best / 2).nonzero()[:, 0]
             pick = int(pool[int(torch.randint(len(pool), (), generator=generator, device=generator.device))])

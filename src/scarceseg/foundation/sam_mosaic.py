@@ -179,5 +179,5 @@ def _regions(stitch: Stitch, slices: tuple[int, ...] | None) -> list[tuple[slice
         row, column = divmod(stitch.first_slot + number, stitch.grid[1])
         top = stitch.origin[0] + row * stitch.cell[0] + stitch.padding[0]
         left = stitch.origin[1] + column * stitch.cell[1] + stitch.padding[1]
-        regions.append((slice(top, top + stitch.tile[0]), slice(left + 3, left + 3 + stitch.tile[1])))
+        regions.append((slice(top, top + stitch.tile[0]), slice(left, left + stitch.tile[1])))
     return regions

@@ -139,6 +139,16 @@ class Stitch:
         return Stitch(size, sides, grid, cell, (rows, columns), depth, first_slot=first_slot)
 
     @property
+    def plane(self) -> Pair:
+        """Rows and columns of a slice in voxels."""
+        return _plane(self.size, self.axis)[:2]
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels for one voxel along rows and columns."""
+        return self.tile[0] / self.plane[0], self.tile[1] / self.plane[1]
+
+    @property
     def padding(self) -> Pair:
         """Free pixels above and left of the tile in its cell."""
         return (self.cell[0] - self.tile[0]) // 2, (self.cell[1] - self.tile[1]) // 2
@@ -157,7 +167,7 @@ class Stitch:
     @property
     def resized(self) -> bool:
         """Whether slices are scaled; if not, cutting back is exact."""
-        return self.tile != self._plane
+        return self.tile != self.plane
 
     def stitch(self, volume: ImageBatch, fill: float = 0.0) -> torch.Tensor:
         """Lay volumes out.
@@ -204,7 +214,7 @@ class Stitch:
             DataError: another number of axes or pixels, or a number of canvases that is not a multiple of N.
         """
         tiles = self._cut(canvas, 4, fill)
-        return self._volume(_interpolate(tiles, self._plane) if self.resized else tiles)
+        return self._volume(_interpolate(tiles, self.plane) if self.resized else tiles)
 
     def unstitch_label(self, canvas: torch.Tensor, fill: int = 0) -> torch.Tensor:
         """Cut label maps ``[B*N, rows, columns]`` back into ``[B, X, Y, Z]``; resized slices take the nearest pixel.
@@ -212,7 +222,7 @@ class Stitch:
         Raises:
             DataError: as `unstitch`.
         """
-        return self._volume(_nearest(self._cut(canvas, 3, fill), self._plane))[:, 0]
+        return self._volume(_nearest(self._cut(canvas, 3, fill), self.plane))[:, 0]
 
     def covered(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """``[X, Y, Z]`` bool, which voxels have a pixel: all of them, but for the published layout of some sizes."""
@@ -242,7 +252,7 @@ class Stitch:
         points = points.minimum(points.new_tensor(self.size) - 1)  # up to the far edge of the last voxel
         index = (points[:, across] + 0.5).floor().long()
         slot = index % self.run + self.first_slot
-        pixel = self._corner(slot) + (points[:, inside] + 0.5) * points.new_tensor(self._scale) - 0.5
+        pixel = self._corner(slot) + (points[:, inside] + 0.5) * points.new_tensor(self.scale) - 0.5
         lost = (slot >= self.grid[0] * self.grid[1]) | _outside((pixel + 0.5).floor(), self.canvas)
         _refuse(points, lost, "point cut off by the published layout (Stitch.fit holds every voxel)")
         return index // self.run, pixel.flip(1)
@@ -275,7 +285,7 @@ class Stitch:
         _refuse(xy, lost, "pixel (column, row) on no slice of this layout")
         points = pixel.new_empty(len(pixel), 3)
         points[:, across] = place[:, 1].to(points)
-        points[:, inside] = (pixel - self._corner(slot) + 0.5) / pixel.new_tensor(self._scale) - 0.5
+        points[:, inside] = (pixel - self._corner(slot) + 0.5) / pixel.new_tensor(self.scale) - 0.5
         return points
 
     @property
@@ -283,16 +293,6 @@ class Stitch:
         """Index axes of slices, rows and columns."""
         columns, rows = (i for i in range(3) if i != self.axis)
         return self.axis, rows, columns
-
-    @property
-    def _plane(self) -> Pair:
-        """Rows and columns of a slice in voxels."""
-        return _plane(self.size, self.axis)[:2]
-
-    @property
-    def _scale(self) -> tuple[float, float]:
-        """Pixels for one voxel along rows and columns."""
-        return self.tile[0] / self._plane[0], self.tile[1] / self._plane[1]
 
     def _corner(self, slot: torch.Tensor) -> torch.Tensor:
         """Row and column ``[N, 2]`` of the first pixel of the tile in each slot."""

@@ -18,10 +18,8 @@ from scipy import ndimage
 
 from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import ConfigError, DataError
-from scarceseg.foundation import FOUNDATIONS
 from scarceseg.foundation.base import Embedding, Masks, Promptable, PromptKind, Spacing, check_prompts, freeze
 from scarceseg.foundation.tiny_sam3d_net import MULTIPLE, EncodedPrompt, TinySam3DConfig, TinySam3DNet
-from scarceseg.foundation.weights import find
 from scarceseg.types import ImageBatch, Prompt
 
 KIND = "tiny-sam3d"
@@ -230,9 +228,3 @@ def read_tiny_sam3d(path: Path) -> TinySam3DNet:
     except RuntimeError as error:
         raise DataError(f"{path} does not fit {KIND}: {str(error).splitlines()[-1].strip()}; get it again") from None
     return network
-
-
-@FOUNDATIONS.register(KIND)
-def _tiny_sam3d(*, path: Path | None = None, longest: int = LONGEST, channel: int | None = None) -> TinySam3D:
-    """The packaged weights, or those of another file of the same kind."""
-    return TinySam3D.from_file(path or find(KIND), longest=longest, channel=channel)

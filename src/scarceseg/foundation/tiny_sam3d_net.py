@@ -1,13 +1,15 @@
 """The network of `tiny-sam3d`: a residual 3D encoder that is paid once a volume, and a small head that is paid per prompt.
 
-The head sees, at half resolution, where the clicks, the box and the last mask are, and how much each voxel's feature resembles the
-features under the clicks (the cue that lets one click select a region); it looks at the embedding again at three scales.
+The head sees, at half resolution, where the clicks, the box and the last mask are, and how much each voxel's feature
+resembles the features under the clicks (the cue that lets one click select a region); it looks at the embedding again at
+three scales.
 Everything is convolutional: any volume whose sides are multiples of 16 goes in. (ours)
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,7 +130,7 @@ class Encoder(nn.Module):
         self.stem = Convolution(1, config.full, 3, padding=1)
         self.stem_norm = _norm(config.full, g)
         sizes = (config.full, *w)
-        self.down = nn.ModuleList(Convolution(a, b, 2, stride=2) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.down = nn.ModuleList(Convolution(a, b, 2, stride=2) for a, b in pairwise(sizes))
         self.encode = nn.ModuleList(nn.Sequential(Residual(c, g), Residual(c, g)) for c in w)
         self.up = nn.ModuleList(Pointwise(w[i + 1], w[i]) for i in range(3))
         self.decode = nn.ModuleList(nn.Sequential(*(Residual(w[i], g) for _ in range(2 - i // 2))) for i in range(3))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scarceseg.errors import ConfigError, DataError
-from scarceseg.functional.clicks import Style, error_distances, next_click, random_region, ritm_region
+from scarceseg.foundation.clicks import Style, error_distances, next_click, random_region, ritm_region
 
 STYLES: tuple[Style, ...] = ("ritm", "random", "largest")
 
