@@ -77,6 +77,8 @@ def _sam_config(state: Shapes, metadata: Mapping[str, str]) -> Any:
 
     from scarceseg.foundation.sam_config import sam_config_from_state
 
+    if "config" in metadata:  # our own files carry theirs
+        return SamConfig.from_dict(json.loads(metadata["config"]))
     heads = metadata.get("decoder_heads", "")
     try:
         return sam_config_from_state(state, int(heads) if heads.isdigit() else None)

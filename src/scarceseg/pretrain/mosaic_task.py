@@ -15,6 +15,7 @@ from torch import nn
 from transformers import SamModel
 
 from scarceseg.foundation.base import freeze
+from scarceseg.foundation.tiny_sam import GRID
 from scarceseg.foundation.tiny_sam3d import Grid
 from scarceseg.foundation.tiny_sam3d_net import EncodedPrompt, TinySam3DNet
 from scarceseg.pretrain.click_task import dialogue, target_losses
@@ -40,7 +41,7 @@ class MosaicTask:
         self,
         network: SamModel,
         teacher: TinySam3DNet,
-        grid: int = 7,
+        grid: int = GRID,
         targets: int = 3,
         setting: Setting = TRAINING,
     ) -> None:
@@ -125,67 +126,3 @@ def from_canvas(canvas: torch.Tensor, grid: int) -> torch.Tensor:
     b, rows, columns = canvas.shape
     y, x = rows // grid, columns // grid
     return canvas.reshape(b, grid, y, grid, x).permute(0, 4, 2, 1, 3).reshape(b, x, y, grid * grid)
-
-
-def tiny_sam_network(seed: int = 0) -> SamModel:
-    """A fresh small SAM: canvas 392 = 7 x 7 tiles of 56, tokens of 8 pixels, 6 blocks of width 192.
-
-    Windows of 7 tokens are exactly one slice, the other blocks look at the whole mosaic. There are no relative positions (a
-    distance on the mosaic is not a distance in the volume); the absolute table starts as a code of the place in the volume.
-    """
-    from transformers import SamConfig
-
-    torch.manual_seed(seed)
-    grid, tile, patch, width = 7, 56, 8, 192
-    side, common = grid * tile, {"hidden_size": 128}
-    config = SamConfig(
-        vision_config={
-            "hidden_size": width,
-            "output_channels": 128,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 6,
-            "image_size": side,
-            "patch_size": patch,
-            "window_size": tile // patch,
-            "global_attn_indexes": [1, 3, 5],
-            "num_pos_feats": 64,
-            "mlp_dim": 4 * width,
-            "initializer_range": 0.02,
-            "use_rel_pos": False,
-        },
-        prompt_encoder_config=common | {"image_size": side, "patch_size": patch, "mask_input_channels": 16},
-        mask_decoder_config=common | {"mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": 64},
-    )
-    network = SamModel(config)
-    _start_like_the_original(network)
-    with torch.no_grad():
-        network.vision_encoder.pos_embed.copy_(0.5 * _volume_code(grid, tile // patch, width))
-    return network
-
-
-def _start_like_the_original(network: SamModel) -> None:
-    """First weights of the decoder as PyTorch draws them, and positions of unit frequency.
-
-    Hugging Face's own (deviation 0.02, positions of frequency 64) are meant to be overwritten by a checkpoint: from them the
-    masks start at 1e-4 of a logit and clicks cannot be located, and training stays at the empty mask.
-    """
-    for part in (network.prompt_encoder, network.mask_decoder, network.vision_encoder.neck):
-        for module in part.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Embedding):
-                module.reset_parameters()
-    frequencies = network.shared_image_embedding.positional_embedding
-    frequencies.requires_grad_(False)
-    frequencies.data.normal_(0, 2.0)
-
-
-def _volume_code(grid: int, tokens: int, width: int) -> torch.Tensor:
-    """Sines and cosines of the place in the volume of each token ``[1, E, E, width]``, a third of the channels an axis."""
-    place = torch.arange(tokens, dtype=torch.float32) / tokens
-    depth = torch.arange(grid**2, dtype=torch.float32) / grid**2
-    x, y, z = torch.meshgrid(place, place, depth, indexing="ij")
-    parts = []
-    for axis in (x, y, z):
-        waves = torch.pi * 2 ** torch.linspace(0, 4, width // 6) * axis[..., None]
-        parts += [waves.sin(), waves.cos()]
-    code = torch.cat(parts, -1).permute(3, 0, 1, 2)
-    return to_canvas(code, grid).permute(1, 2, 0)[None]
