@@ -23,6 +23,8 @@ datasets_app = typer.Typer(help="Public datasets: list, download, convert.", no_
 app.add_typer(datasets_app, name="datasets")
 foundations_app = typer.Typer(help="Weights of foundation models: list, download, check.", no_args_is_help=True)
 app.add_typer(foundations_app, name="foundations")
+benchmark_app = typer.Typer(help="Measure models on your own data.", no_args_is_help=True)
+app.add_typer(benchmark_app, name="benchmark")
 
 DatasetArg = Annotated[Path, typer.Argument(help="Folder in nnU-Net raw layout (dataset.json, imagesTr, labelsTr).")]
 LabeledOpt = Annotated[
@@ -307,6 +309,31 @@ def foundations_check(
     typer.echo(found.text)
     if not found.ok:
         raise typer.Exit(2)
+
+
+@benchmark_app.callback()
+def _benchmark() -> None:
+    """Keeps the name of the only subcommand."""
+
+
+@benchmark_app.command("clicks")
+def benchmark_clicks(
+    dataset: DatasetArg,
+    foundation: Annotated[
+        str, typer.Option(help="Promptable model: a name, see 'foundations list', or a file.")
+    ] = "tiny-sam3d",
+    clicks: Annotated[str, typer.Option(help="Numbers of clicks after which the mask is scored.")] = "1,2,5,10",
+    cases: Annotated[str, typer.Option(help="Names or patterns of cases, such as 'la_06[4-9],la_07*'.")] = "*",
+    spacing: SpacingOpt = None,
+    style: Annotated[str, typer.Option(help="largest (deepest error), ritm or random.")] = "largest",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="File for all numbers.")] = None,
+) -> None:
+    """Score a promptable model after 1, 2, 5, 10 simulated clicks on the labelled cases of a dataset."""
+    from scarceseg.benchmark.clicks import run_clicks
+
+    run_clicks(dataset, foundation, clicks, cases, spacing, style, seed, device, json)
 
 
 def _config(

@@ -61,10 +61,10 @@ def _nested(flags: dict[str, Any]) -> dict[str, Any]:
         elif key == "network":
             values["network"] = {"name": value}
         elif key == "spacing":
-            numbers = _numbers(value, "--spacing", float)
+            numbers = read_numbers(value, "--spacing", float)
             values.setdefault("plan", {})["spacing_mm"] = numbers * 3 if len(numbers) == 1 else numbers
         elif key == "patch":
-            values.setdefault("plan", {})["patch"] = _numbers(value, "--patch", int)
+            values.setdefault("plan", {})["patch"] = read_numbers(value, "--patch", int)
         else:
             values[key] = value
     return values
@@ -74,7 +74,12 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str, flag: str, kind: type[int | float]) -> list[Any]:
+def read_numbers(text: str, flag: str, kind: type[int | float]) -> list[Any]:
+    """``X,Y,Z`` as typed; for floats also one number.
+
+    Raises:
+        ConfigError: anything else.
+    """
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:

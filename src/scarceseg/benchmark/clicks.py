@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -22,12 +23,15 @@ from rich.table import Table
 from scarceseg.data.dataset import Case, Dataset, load_dataset
 from scarceseg.data.geometry import respace
 from scarceseg.data.images import read_label, read_volume
-from scarceseg.data.plan import Plan
+from scarceseg.data.plan import resampling_plan
 from scarceseg.data.prepare import prepare_label, prepare_volume
+from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.foundation.base import Embedding, Masks, Promptable
 from scarceseg.foundation.clicks import Style, next_click
 from scarceseg.foundation.load import load_foundation
+from scarceseg.inference.predictor import pick_device
+from scarceseg.settings import read_numbers
 from scarceseg.types import Prompt
 
 
@@ -71,7 +75,9 @@ class ClickResult:
 
     def to_json(self) -> str:
         """Everything, as text."""
-        seconds = {key: float(np.mean([getattr(t, key) for t in self.targets])) for key in ("seconds_embed", "seconds_click")}
+        seconds = {
+            key: float(np.mean([getattr(t, key) for t in self.targets])) for key in ("seconds_embed", "seconds_click")
+        }
         return json.dumps(asdict(self) | {"mean": self.mean()} | seconds, indent=1)
 
 
@@ -138,7 +144,7 @@ def _case(
     assert case.label is not None
     label = read_label(case.label, range(len(facts.classes)), geometry)
     if spacing_mm is not None:
-        plan = _plan(facts, spacing_mm)
+        plan = resampling_plan(facts, spacing_mm)
         volume, prepared = prepare_volume(volume, geometry, plan)
         label = prepare_label(label, geometry, plan)
         geometry = respace(prepared, spacing_mm)
@@ -176,7 +182,9 @@ def _dialogue(
         if click is not None:  # a perfect mask gets no further click
             points.append(click[0])
             labels.append(click[1])
-            prompt = Prompt(torch.tensor(points, dtype=torch.float32, device=device), torch.tensor(labels, device=device))
+            prompt = Prompt(
+                torch.tensor(points, dtype=torch.float32, device=device), torch.tensor(labels, device=device)
+            )
             since = time.perf_counter()
             previous = model.segment(embedding, [prompt], previous)
             _finish(device)
@@ -194,14 +202,46 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _plan(facts: Dataset, spacing_mm: tuple[float, float, float]) -> Plan:
-    from scarceseg.data.plan import Normalisation
+def run_clicks(
+    dataset: Path,
+    foundation: str,
+    clicks: str,
+    cases: str,
+    spacing: str | None,
+    style: str,
+    seed: int,
+    device: str,
+    json_file: Path | None,
+) -> ClickResult:
+    """`benchmark_clicks` with what was typed; prints the table and writes the JSON file.
 
-    return Plan.model_construct(
-        spacing_mm=spacing_mm,
-        channels=list(facts.channels),
-        normalisation=[Normalisation(kind="none") for _ in facts.channels],
+    Raises:
+        ConfigError: numbers or a style that cannot be read.
+    """
+    if style not in get_args(Style):
+        raise ConfigError(f"--style: expected {', '.join(get_args(Style))}, got {style!r}")
+    try:
+        counts = [int(part) for part in clicks.split(",")]
+    except ValueError:
+        raise ConfigError(f"--clicks: expected whole numbers such as 1,2,5,10, got {clicks!r}") from None
+    millimetres = read_numbers(spacing, "--spacing", float) if spacing is not None else None
+    if millimetres is not None and min(millimetres) <= 0:
+        raise ConfigError(f"--spacing: expected millimetres above 0, got {spacing!r}")
+    result = benchmark_clicks(
+        dataset,
+        foundation,
+        counts,
+        [pattern.strip() for pattern in cases.split(",")],
+        None if millimetres is None else (millimetres[0], millimetres[len(millimetres) // 2], millimetres[-1]),
+        cast(Style, style),
+        seed,
+        str(pick_device(device)),
+        show=True,
     )
+    if json_file is not None:
+        write_text(json_file, result.to_json() + "\n")
+    print_clicks(result)
+    return result
 
 
 def print_clicks(result: ClickResult, console: Console | None = None) -> None:

@@ -128,6 +128,32 @@ def make_plan(
     )
 
 
+def resampling_plan(
+    dataset: Dataset, spacing_mm: tuple[float, float, float], kind: Literal["zscore", "none"] = "none"
+) -> Plan:
+    """A plan that resamples (and z-scores) and plans nothing else, for preparing volumes outside of a training.
+
+    Args:
+        dataset: its channels and classes are taken.
+        spacing_mm: of the prepared volumes.
+        kind: what is done to intensities, see `Normalisation`.
+    """
+    return Plan(
+        dataset=dataset.name,
+        channels=dataset.channels,
+        classes=dataset.classes,
+        file_ending=dataset.file_ending,
+        spacing_mm=spacing_mm,
+        patch=(1, 1, 1),
+        normalisation=(Normalisation(kind=kind),) * len(dataset.channels),
+        batch_labeled=1,
+        batch_unlabeled=0,
+        median_shape=(1, 1, 1),
+        windows=(1, 1, 1),
+        memory_estimate_mb=0.0,
+    )
+
+
 def estimate_memory_mb(patch: Sequence[int], rows: int) -> float:
     """Rough memory of a training step: ``rows * voxels * BYTES_PER_VOXEL`` plus the network's own copies.
 

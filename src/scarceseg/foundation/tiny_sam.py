@@ -1,8 +1,8 @@
 """`tiny-sam`: a small SAM for stitched mosaics, pre-trained on synthetic volumes alone, in the package. (ours)
 
-The network is `transformers.SamModel` with small numbers in its config. Whatever its voxels, a volume is brought to the one grid the
-canvas was made for (56 x 56 x 49: seven by seven tiles of 56 pixels) and seen whole, so that a place on the canvas is a place in
-the volume. That absolute position is worth a lot with few labels, where volumes are cropped alike.
+The network is `transformers.SamModel` with small numbers in its config. Whatever its voxels, a volume is brought to the one grid
+the canvas was made for (56 x 56 x 49: seven by seven tiles of 56 pixels) and seen whole, so that a place on the canvas is a place
+in the volume. That absolute position is worth a lot with few labels, where volumes are cropped alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import SamConfig, SamModel
 
@@ -36,6 +35,7 @@ from scarceseg.foundation.prompts import resize_prompt
 from scarceseg.foundation.sam import image_size_of
 from scarceseg.foundation.sam_tuned import MosaicOptions, TunedSam
 from scarceseg.foundation.sam_volume import SamOptions, SamPromptable
+from scarceseg.foundation.tiny_sam3d import resample_whole
 from scarceseg.foundation.weights import read_tensors
 from scarceseg.types import ImageBatch, Logits, Prompt
 
@@ -90,7 +90,7 @@ class TinySam(Promptable, Tunable):
         if image.ndim != 5:
             raise DataError(f"{self.name}: expected volumes [B, C, X, Y, Z], got {list(image.shape)}")
         size = (image.shape[2], image.shape[3], image.shape[4])
-        inner = self.inner.embed(_resample(image.float(), self.seen), spacing_mm)
+        inner = self.inner.embed(resample_whole(image.float(), self.seen), spacing_mm)
         return Embedding(inner.features, size, inner.frame)
 
     def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
@@ -98,7 +98,7 @@ class TinySam(Promptable, Tunable):
         check_prompts(self, embedding, prompts)
         seen = [resize_prompt(prompt, embedding.size, self.seen) for prompt in prompts]
         answer = self.inner.segment(replace(embedding, size=self.seen), seen, previous)
-        return replace(answer, logits=_resample(answer.logits[:, None], embedding.size)[:, 0])
+        return replace(answer, logits=resample_whole(answer.logits[:, None], embedding.size)[:, 0])
 
     def tunable(self, channels: int, classes: int, tuning: Tuning, size: Size) -> TunedModel:
         """A copy opened for K classes that sees each volume whole; volumes need not have `size`, it only names the usual one."""
@@ -121,8 +121,8 @@ class WholeVolume(TunedModel):
     def forward(self, image: ImageBatch) -> Logits:
         """Class logits in the frame of the volumes."""
         size = (image.shape[2], image.shape[3], image.shape[4])
-        logits: Logits = self.inner(_resample(image, self.seen))
-        return _resample(logits, size)
+        logits: Logits = self.inner(resample_whole(image, self.seen))
+        return resample_whole(logits, size)
 
     def tuned_state(self) -> dict[str, torch.Tensor]:
         """See `TunedModel.tuned_state`."""
@@ -131,16 +131,6 @@ class WholeVolume(TunedModel):
     def load_tuned_state(self, state: dict[str, torch.Tensor]) -> None:
         """See `TunedModel.load_tuned_state`."""
         self.inner.load_tuned_state(state)
-
-
-def _resample(volume: torch.Tensor, size: Size) -> torch.Tensor:
-    """Trilinear over the same field of view; averaged first where the new voxels are more than half as large again."""
-    if tuple(volume.shape[2:]) == size:
-        return volume
-    smaller = tuple(m if n > 1.5 * m else n for n, m in zip(volume.shape[2:], size, strict=True))
-    if smaller != tuple(volume.shape[2:]):
-        volume = F.adaptive_avg_pool3d(volume, smaller)
-    return F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
 
 
 def tiny_sam_config(tile: int = 56, patch: int = 8, width: int = 192, depth: int = 6) -> SamConfig:
@@ -196,7 +186,9 @@ def read_tiny_sam(path: Path) -> SamModel:
     missing, unexpected, reshaped = compare(state, sam.state_dict())
     if missing or unexpected or reshaped:
         wrong = ", ".join([*missing, *unexpected, *reshaped][:3])
-        raise DataError(f"{path} does not fit {KIND}: {wrong} and so on are missing, too many or of another shape; get it again")
+        raise DataError(
+            f"{path} does not fit {KIND}: {wrong} and so on are missing, too many or of another shape; get it again"
+        )
     sam.load_state_dict({key: value.float() for key, value in state.items()})
     return sam
 
@@ -204,9 +196,9 @@ def read_tiny_sam(path: Path) -> SamModel:
 def start_tiny_sam(seed: int = 0) -> SamModel:
     """A fresh network for pre-training.
 
-    The decoder starts as the original does, and positions with unit frequency: Hugging Face's own first weights (deviation 0.02,
-    frequency 64) are meant to be overwritten by a checkpoint, and from them clicks cannot be located. The absolute table starts as
-    a code of the place in the volume.
+    The decoder starts as the original does, and positions with unit frequency: Hugging Face's own first weights (deviation
+    0.02, frequency 64) are meant to be overwritten by a checkpoint, and from them clicks cannot be located. The absolute table
+    starts as a code of the place in the volume.
     """
     torch.manual_seed(seed)
     sam = SamModel(tiny_sam_config())
@@ -218,6 +210,7 @@ def start_tiny_sam(seed: int = 0) -> SamModel:
     frequencies.requires_grad_(False)
     frequencies.data.normal_(0, 2.0)
     table = sam.vision_encoder.pos_embed
+    assert table is not None
     with torch.no_grad():
         table.copy_(0.5 * _volume_code(table.shape[1] // GRID, table.shape[-1]))
     return sam

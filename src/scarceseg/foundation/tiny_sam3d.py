@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,18 @@ from scarceseg.types import ImageBatch, Prompt
 KIND = "tiny-sam3d"
 LONGEST = 112
 """Voxels of the longest side of the grid a volume is brought to, unless its own voxels are coarser."""
+
+
+def resample_whole(volume: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+    """The same field of view ``[B, C, X, Y, Z]`` in other voxels: trilinear; averaged first where they are much larger."""
+    old = tuple(volume.shape[2:])
+    if old == size:
+        return volume
+    # Interpolation alone would skip voxels where the new ones are more than half as large again.
+    x, y, z = (m if n > 1.5 * m else n for n, m in zip(old, size, strict=True))
+    if (x, y, z) != old:
+        volume = F.adaptive_avg_pool3d(volume, (x, y, z))
+    return F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -51,20 +63,12 @@ class Grid:
         return cls(size, (x, y, z))
 
     def put(self, volume: torch.Tensor) -> torch.Tensor:
-        """``[B, C, X, Y, Z]`` onto the model's grid: averaged where it is coarser, trilinear elsewhere."""
-        if self.seen == tuple(volume.shape[2:]):
-            return volume
-        factors = [n / m for n, m in zip(self.size, self.seen, strict=True)]
-        if max(factors) > 1.5:  # interpolation alone would skip voxels
-            between = tuple(m if f > 1.5 else n for n, m, f in zip(self.size, self.seen, factors, strict=True))
-            volume = F.adaptive_avg_pool3d(volume, between)
-        return F.interpolate(volume, size=self.seen, mode="trilinear", align_corners=False)
+        """``[B, C, X, Y, Z]`` onto the model's grid."""
+        return resample_whole(volume, self.seen)
 
     def take(self, seen: torch.Tensor) -> torch.Tensor:
-        """The inverse: ``[B, C, x, y, z]`` on the model's grid to the volume's voxels, trilinear."""
-        if self.size == tuple(seen.shape[2:]):
-            return seen
-        return F.interpolate(seen, size=self.size, mode="trilinear", align_corners=False)
+        """The inverse: ``[B, C, x, y, z]`` on the model's grid to the volume's voxels."""
+        return resample_whole(seen, self.size)
 
     def places(self, voxels: torch.Tensor) -> torch.Tensor:
         """Voxel indices ``[..., 3]`` of the volume as (broken) indices of the model's grid."""
@@ -75,8 +79,9 @@ class Grid:
 class TinySam3D(Promptable):
     """The small promptable 3D network on whole volumes.
 
-    Clicks accumulate; each round also sees the mask of the round before (`previous`), or the dense mask of the prompt. A mask
-    without a click gets one in its deepest voxel, since the network was never trained without.
+    Clicks accumulate; each round also sees the mask of the round before (`previous`), or the dense mask of the prompt. The
+    network was trained on dialogues, so several clicks that come at once are answered one after the other, and a mask that
+    comes without a click gets one in its deepest voxel.
 
     Args:
         network: with its weights; it is frozen.
@@ -130,7 +135,9 @@ class TinySam3D(Promptable):
         if image.ndim != 5:
             raise DataError(f"{self.name}: expected images [B, C, X, Y, Z], got shape {list(image.shape)}")
         if self.channel is not None and not 0 <= self.channel < image.shape[1]:
-            raise DataError(f"{self.name}: there is no channel {self.channel}, the image has {image.shape[1]} (0 first)")
+            raise DataError(
+                f"{self.name}: there is no channel {self.channel}, the image has {image.shape[1]} (0 first)"
+            )
         volume = image.float() if self.channel is None else image[:, self.channel : self.channel + 1].float()
         grid = Grid.fit((image.shape[2], image.shape[3], image.shape[4]), spacing_mm, self.longest)
         seen = _z_score(_z_score(grid.put(volume)).mean(1, keepdim=True))
@@ -140,18 +147,27 @@ class TinySam3D(Promptable):
     def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
         """Answer one prompt per row; see `Promptable.segment`."""
         check_prompts(self, embedding, prompts)
-        grid: Grid = embedding.frame
         memory = None if previous is None else previous.memory["probability"]
-        logits, quality, seen = [], [], []
+        parts = []
         for start in range(0, len(prompts), self.rows):
             rows = slice(start, start + self.rows)
-            encoded = self._encode(prompts[rows], grid, None if memory is None else memory[rows])
             maps = {key: value[rows] for key, value in embedding.features.items()}
-            answer, sure = self.network.head(maps, encoded)
-            logits.append(grid.take(answer[:, None])[:, 0])
-            quality.append(sure)
-            seen.append(torch.sigmoid(answer)[:, None])
-        return Masks(torch.cat(logits), torch.cat(quality), {"probability": torch.cat(seen)})
+            parts.append(self._answer(maps, embedding.frame, prompts[rows], None if memory is None else memory[rows]))
+        logits, quality, seen = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Masks(logits, quality, {"probability": seen})
+
+    def _answer(
+        self, maps: dict[str, torch.Tensor], grid: Grid, prompts: Sequence[Prompt], memory: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits and quality, and the mask on the model's grid that the next round will see."""
+        encoded = self._encode(prompts, grid, memory)
+        count = encoded.labels.shape[1]
+        for clicks in range(1 if memory is None else count, count + 1):
+            so_far = replace(encoded, points=encoded.points[:, :clicks], labels=encoded.labels[:, :clicks])
+            logits, quality = self.network.head(maps, so_far)
+            seen = torch.sigmoid(logits)[:, None]
+            encoded = replace(encoded, mask=seen, has_mask=torch.ones_like(encoded.has_mask))
+        return grid.take(logits[:, None])[:, 0], quality, seen
 
     def _encode(self, prompts: Sequence[Prompt], grid: Grid, memory: torch.Tensor | None) -> EncodedPrompt:
         device = next(self.network.parameters()).device

@@ -46,7 +46,8 @@ class TinySam3DConfig:
     def from_dict(cls, values: dict[str, Any]) -> TinySam3DConfig:
         """Inverse of `to_dict`; unknown names are an error of the caller."""
         known = {f.name for f in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from scarceseg.foundation.tiny_sam3d_net import EncodedPrompt, TinySam3DNet
 from scarceseg.pretrain.volumes import TRAINING, Setting, Shape, SyntheticVolume, draw_target, make_volume
 
-Shares = Mapping[str, float] | Mapping[int, float]
+Name = TypeVar("Name", str, int)
 Answer = Callable[[EncodedPrompt], tuple[torch.Tensor, torch.Tensor]]
 """Prompts in; logits ``[R, X, Y, Z]`` and quality ``[R]`` out."""
 
@@ -67,7 +68,9 @@ class ClickTask:
         volumes, target = self.draw(rng, self._size(rng, done))
         image = torch.from_numpy(np.stack([v.image for v in volumes]))[:, None]
         maps = self.network.encoder(image)
-        similar = region_loss(maps["similar"], [v.region[::2, ::2, ::2] for v in volumes], rng, self.network.config.similarities)
+        similar = region_loss(
+            maps["similar"], [v.region[::2, ::2, ::2] for v in volumes], rng, self.network.config.similarities
+        )
         rows = {key: value.repeat_interleave(self.targets, 0) for key, value in maps.items()}
         losses = target_losses(dialogue(lambda prompt: self.network.head(rows, prompt), target, rng), target)
         total = losses["mask"] + 0.2 * losses["quality"] + 0.2 * similar
@@ -75,7 +78,11 @@ class ClickTask:
 
 
 def dialogue(
-    answer: Answer, target: torch.Tensor, rng: np.random.Generator, starts: Shares = STARTS, clicks: Shares = CLICKS
+    answer: Answer,
+    target: torch.Tensor,
+    rng: np.random.Generator,
+    starts: Mapping[str, float] = STARTS,
+    clicks: Mapping[int, float] = CLICKS,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Ask a model for each target in turns; every click lies where the last mask was wrong.
 
@@ -89,8 +96,8 @@ def dialogue(
     Returns:
         Logits ``[R, X, Y, Z]`` and quality ``[R]`` of the last two turns; those before are asked without gradient.
     """
-    length = int(_draw(rng, clicks))
-    start = str(_draw(rng, starts))
+    length = _draw(rng, clicks)
+    start = _draw(rng, starts)
     count = len(target)
     points, labels = torch.zeros(count, 0, 3), torch.zeros(count, 0, dtype=torch.long)
     boxes, mask = torch.full((count, 2, 3), float("nan")), None
@@ -118,7 +125,7 @@ def dialogue(
     return answers
 
 
-def _draw(rng: np.random.Generator, shares: Shares) -> str | int:
+def _draw(rng: np.random.Generator, shares: Mapping[Name, float]) -> Name:
     names = list(shares)
     return names[int(rng.choice(len(names), p=list(shares.values())))]
 
@@ -197,7 +204,9 @@ def error_clicks(
     depth = F.interpolate(depth, size=size, mode="nearest") * wrong
     spread = torch.from_numpy(rng.random((rows, *size), dtype=np.float32))
     random_rows = torch.from_numpy(rng.random(rows) < anywhere)
-    score = torch.where(random_rows[:, None, None, None, None], wrong * spread[:, None], depth * (0.7 + 0.3 * spread[:, None]))
+    score = torch.where(
+        random_rows[:, None, None, None, None], wrong * spread[:, None], depth * (0.7 + 0.3 * spread[:, None])
+    )
     best, index = score.flatten(2).max(2)
     kind = best.argmax(1)
     flat = index.gather(1, kind[:, None])[:, 0]

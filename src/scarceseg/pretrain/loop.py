@@ -21,13 +21,12 @@ Losses = dict[str, torch.Tensor]
 
 
 class Task(Protocol):
-    """What is learnt.
+    """What is learnt."""
 
-    Attributes:
-        network: the module trained.
-    """
-
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module:
+        """All that is trained, and saved in the checkpoint."""
+        ...
 
     def loss(self, rng: np.random.Generator, done: float) -> Losses:
         """Scalars of one step; ``loss`` is minimised. `done` in [0, 1) is the part of the training that is over."""
@@ -133,7 +132,9 @@ class Pretraining:
                 self.save()
             if not last and self.stop():
                 self.save()
-                raise Interrupted(f"stopped after step {self.iteration} of {self.schedule.iterations}; --resume goes on")
+                raise Interrupted(
+                    f"stopped after step {self.iteration} of {self.schedule.iterations}; --resume goes on"
+                )
 
     def _step(self) -> Losses:
         rng = np.random.default_rng([self.schedule.seed, self.iteration])
@@ -152,7 +153,9 @@ class Pretraining:
         decay = min(self.schedule.average, (1 + self.iteration) / (10 + self.iteration))
         with torch.no_grad():
             for name, value in self.task.network.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.average[name].copy_(value)
+                self.average[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.average[name].copy_(
+                    value
+                )
         return {key: value.detach() for key, value in losses.items()}
 
     def _log(self, values: dict[str, float], seconds: float) -> None:

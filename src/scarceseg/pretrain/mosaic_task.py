@@ -1,9 +1,9 @@
 """The task of `tiny-sam`: see in a stitched mosaic what the 3D model sees in the volume, and answer clicks on it.
 
-Clicks alone teach a transformer too slowly: for hundreds of steps the empty mask is the best answer it knows. So each token also has
-to foretell the features that the encoder of `tiny-sam3d` has for its place (distillation), which says something about every token of
-every volume. A click on one tile must then select the same thing in all tiles. Both ask the encoder where tiles lie in the volume
-and what belongs together, and that is what tuning on one labelled mosaic needs afterwards.
+Clicks alone teach a transformer too slowly: for hundreds of steps the empty mask is the best answer it knows. So each token
+also has to foretell the features that the encoder of `tiny-sam3d` has for its place (distillation), which says something about
+every token of every volume. A click on one tile must then select the same thing in all tiles. Both ask the encoder where tiles
+lie in the volume and what belongs together, and that is what tuning on one labelled mosaic needs afterwards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import nn
 from transformers import SamModel
 
 from scarceseg.foundation.base import freeze
+from scarceseg.foundation.sam import image_size_of
+from scarceseg.foundation.sam_config import parts
 from scarceseg.foundation.tiny_sam import GRID
 from scarceseg.foundation.tiny_sam3d import Grid
 from scarceseg.foundation.tiny_sam3d_net import EncodedPrompt, TinySam3DNet
@@ -47,9 +49,9 @@ class MosaicTask:
     ) -> None:
         self.sam, self.grid, self.targets, self.setting = network, grid, targets, setting
         self.teacher = freeze(teacher.encoder)
-        vision = network.config.vision_config
-        self.tile = vision.image_size // grid
-        self.patch = vision.patch_size
+        vision = parts(network.config)[0]
+        self.tile = image_size_of(network) // grid
+        self.patch = int(vision.patch_size)
         channels = len(QUADRANTS) * teacher.config.head[1] + sum(teacher.config.head[1:])
         # The head belongs to the training alone: it is saved in the checkpoint, and not with the model.
         self.network = nn.ModuleDict({"sam": network, "foretell": nn.Conv2d(vision.output_channels, channels, 1)})

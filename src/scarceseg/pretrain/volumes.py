@@ -239,10 +239,14 @@ def _image(rng: np.random.Generator, region: NDArray[np.uint8], setting: Setting
     amplitude = rng.uniform(*setting.texture) * rng.random(256).astype(np.float32)
     for cells in (int(rng.integers(3, 6)), int(rng.integers(8, 20))):
         image += amplitude[region] * smooth_fields(rng, shape, 1, cells)[0]
-    image = ndimage.gaussian_filter(image, _log_uniform(rng, setting.blur) * _log_uniform(rng, (0.8, 1.25), 3), truncate=2.5)
+    image = ndimage.gaussian_filter(
+        image, _log_uniform(rng, setting.blur) * _log_uniform(rng, (0.8, 1.25), 3), truncate=2.5
+    )
     if rng.random() < setting.coarse_share:
         image = _thick_slices(image, int(rng.integers(3)), int(rng.integers(setting.coarse[0], setting.coarse[1] + 1)))
-    image = image * np.exp(np.float32(rng.uniform(*setting.bias)) * smooth_fields(rng, shape, 1, int(rng.integers(1, 3)))[0])
+    image = image * np.exp(
+        np.float32(rng.uniform(*setting.bias)) * smooth_fields(rng, shape, 1, int(rng.integers(1, 3)))[0]
+    )
     noise = rng.standard_normal(shape, dtype=np.float32)
     if rng.random() < 0.5:
         noise = ndimage.gaussian_filter(noise, rng.uniform(0.4, 0.9), truncate=2.5)
