@@ -67,11 +67,85 @@ def step_speed() -> str:
     return markdown_table(lines) if lines else "Not measured yet."
 
 
+CLICK_CODE = ("foundation", "benchmark", "pretrain/volumes.py")
+FOUNDATION_CODE = ("foundation",)
+
+
+def foundation_clicks() -> str:
+    """Dice after 1, 2, 5, 10 clicks, with the published rows of LA beside ours."""
+    now = code_hash(CLICK_CODE)
+    names = {"la": "LA, cases 64-79", "unseen": "synthetic, unseen setting", "phantoms": "phantoms, 6 classes"}
+    lines: list[dict[str, object]] = []
+    for row in load("foundation_clicks"):
+        mark = "" if row["code"] == now else f" {STALE}"
+        line: dict[str, object] = {"data": names[row["set"]], "model": row["foundation"]}
+        line |= {f"{n} clicks": f"{100 * dice:.1f}{mark}" for n, dice in row["mean"].items()}
+        lines.append(line | {"targets": len(row["targets"]), "s/click": f"{row['seconds_click']:.3f}"})
+    if not lines:
+        return "Not measured yet."
+    sources: dict[tuple[str, str], dict[str, object]] = {}
+    for published in published_rows("LA", 0):
+        model, _, count = published.method.partition(" zero-shot, ")
+        key = (model, published.source.split(" (")[0])
+        per_slice = "N" in count
+        line = sources.setdefault(key, {"data": "LA, 20 test cases", "model": f"{model}, {key[1]}"})
+        number = count.split()[0].replace("N", "") or "1"
+        line[f"{number} clicks"] = f"{published.dice:.1f}" + (" (a slice)" if per_slice else "")
+    columns = list(lines[0])
+    shown = [{c: line.get(c, "-") for c in columns} for line in [*lines, *sources.values()]]
+    return markdown_table(shown, columns)
+
+
+def foundation_cost() -> str:
+    """Seconds and memory of one volume on the CPU."""
+    now = code_hash(FOUNDATION_CODE)
+    lines = []
+    for row in sorted(load("foundation_cost"), key=lambda r: r["embed"]):
+        lines.append(
+            {
+                "model": row["model"],
+                "embed [s]": f"{row['embed']:.2f}" + ("" if row["code"] == now else f" {STALE}"),
+                "one prompt [s]": f"{row['prompt']:.3f}",
+                "ten prompts [s]": f"{row['ten_prompts']:.2f}",
+                "ten prompts / embed": f"{row['ten_over_embed']:.2f}",
+                "peak memory [MB]": f"{row['peak_mb']:.0f}",
+            }
+        )
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
+def tiny_sam_tuning() -> str:
+    """Tuned `tiny-sam` beside the supervised V-Net with the same labelled volumes."""
+    now = code_hash(FOUNDATION_CODE)
+    vnet = {r["labels"]: r["dice"] for r in load("la_development") if r["method"] == "supervised"}
+    lines = []
+    for row in sorted(load("tiny_sam_tuning"), key=lambda r: (r["labels"], r["settings"]["strategy"])):
+        settings = row["settings"]
+        lines.append(
+            {
+                "labels": row["labels"],
+                "tuning": f"{settings['strategy']}, {settings['iterations']} steps",
+                "Dice [%]": f"{100 * row['mean']['dice']:.1f}" + ("" if row["code"] == now else f" {STALE}"),
+                "HD95 [mm]": _number(row["mean"]["hd95"]),
+                "ASD [mm]": _number(row["mean"]["asd"]),
+                "minutes": f"{row['minutes']:.0f}",
+                "supervised V-Net": f"{100 * vnet[row['labels']]:.1f}" if row["labels"] in vnet else "-",
+            }
+        )
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-TABLES = {"la-development": la_development, "step-speed": step_speed}
+TABLES = {
+    "la-development": la_development,
+    "step-speed": step_speed,
+    "foundation-clicks": foundation_clicks,
+    "foundation-cost": foundation_cost,
+    "tiny-sam-tuning": tiny_sam_tuning,
+}
 
 
 def fill(text: str) -> str:

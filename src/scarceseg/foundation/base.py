@@ -171,6 +171,18 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def check_image(model: Promptable, image: ImageBatch) -> None:
+    """Refuse what is no batch of volumes.
+
+    Raises:
+        DataError: another number of axes, or values that are not finite.
+    """
+    if image.ndim != 5:
+        raise DataError(f"{model.name}: expected volumes [B, C, X, Y, Z], got {list(image.shape)}")
+    if not torch.isfinite(image).all():
+        raise DataError(f"{model.name}: the image holds values that are not finite (NaN or infinite): repair it first")
+
+
 def check_prompts(model: Promptable, embedding: Embedding, prompts: Sequence[Prompt]) -> None:
     """Refuse prompts a model cannot answer, in one clear message.
 
@@ -184,8 +196,14 @@ def check_prompts(model: Promptable, embedding: Embedding, prompts: Sequence[Pro
         for what, points in (("point", prompt.points_voxel), ("box corner", prompt.box_voxel)):
             if points is not None:
                 _check_inside(what, points, embedding.size)
+        if prompt.box_voxel is not None and (
+            len(prompt.box_voxel) != 2 or bool(prompt.box_voxel.diff(dim=0).lt(0).any())
+        ):
+            raise DataError(f"box: expected its lowest corner, then its highest, got {prompt.box_voxel.tolist()}")
         if prompt.mask is not None and tuple(prompt.mask.shape) != embedding.size:
             raise DataError(f"mask prompt: expected the volume's size {embedding.size}, got {tuple(prompt.mask.shape)}")
+        if prompt.mask is not None and not torch.isfinite(prompt.mask).all():
+            raise DataError("mask prompt: expected probabilities in [0, 1], got values that are not finite")
 
 
 def _check_kinds(model: Promptable, prompt: Prompt) -> None:
@@ -201,9 +219,13 @@ def _check_kinds(model: Promptable, prompt: Prompt) -> None:
         labels = prompt.point_labels
         if labels is None or len(labels) != len(prompt.points_voxel):
             raise DataError(f"expected one label (1 inside, 0 outside) for each of {len(prompt.points_voxel)} points")
+        if ((labels != 0) & (labels != 1)).any():
+            raise DataError(f"expected click labels 1 (inside) or 0 (outside), got {sorted(set(labels.tolist()))}")
 
 
 def _check_inside(what: str, points: torch.Tensor, size: tuple[int, int, int]) -> None:
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise DataError(f"{what}: expected voxel indices [N, 3] (x, y, z), got {list(points.shape)}")
     limit = torch.tensor(size, device=points.device)
     outside = ~((points >= 0) & (points < limit)).all(dim=-1)  # NaN counts as outside
     if outside.any():

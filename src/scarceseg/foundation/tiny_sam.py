@@ -28,6 +28,7 @@ from scarceseg.foundation.base import (
     Tunable,
     TunedModel,
     Tuning,
+    check_image,
     check_prompts,
 )
 from scarceseg.foundation.identify import compare
@@ -87,8 +88,7 @@ class TinySam(Promptable, Tunable):
 
     def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:
         """Embed whole volumes; see `Promptable.embed`."""
-        if image.ndim != 5:
-            raise DataError(f"{self.name}: expected volumes [B, C, X, Y, Z], got {list(image.shape)}")
+        check_image(self, image)
         size = (image.shape[2], image.shape[3], image.shape[4])
         inner = self.inner.embed(resample_whole(image.float(), self.seen), spacing_mm)
         return Embedding(inner.features, size, inner.frame)
@@ -119,7 +119,13 @@ class WholeVolume(TunedModel):
         self.inner, self.seen = inner, seen
 
     def forward(self, image: ImageBatch) -> Logits:
-        """Class logits in the frame of the volumes."""
+        """Class logits in the frame of the volumes.
+
+        Raises:
+            DataError: another number of axes or channels than the network was opened for.
+        """
+        if image.ndim != 5:
+            raise DataError(f"a tuned {KIND} takes volumes [B, C, X, Y, Z], got {list(image.shape)}")
         size = (image.shape[2], image.shape[3], image.shape[4])
         logits: Logits = self.inner(resample_whole(image, self.seen))
         return resample_whole(logits, size)
@@ -182,7 +188,11 @@ def read_tiny_sam(path: Path) -> SamModel:
     state, about = read_tensors(path)
     if about.get("kind") != KIND:
         raise DataError(f"{path} holds {about.get('kind', 'weights of another model')}, expected {KIND}")
-    sam = SamModel(SamConfig.from_dict(json.loads(about["config"])))
+    try:
+        sam = SamModel(SamConfig.from_dict(json.loads(about["config"])))
+    except Exception as error:  # the library's own checks raise many kinds
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
+        raise DataError(f"{path} does not fit {KIND}: {reason}; get it again") from None
     missing, unexpected, reshaped = compare(state, sam.state_dict())
     if missing or unexpected or reshaped:
         wrong = ", ".join([*missing, *unexpected, *reshaped][:3])

@@ -12,14 +12,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from scipy import ndimage
 
 from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import ConfigError, DataError
-from scarceseg.foundation.base import Embedding, Masks, Promptable, PromptKind, Spacing, check_prompts, freeze
+from scarceseg.foundation.base import (
+    Embedding,
+    Masks,
+    Promptable,
+    PromptKind,
+    Spacing,
+    check_image,
+    check_prompts,
+    freeze,
+)
+from scarceseg.foundation.clicks import error_distances
 from scarceseg.foundation.tiny_sam3d_net import MULTIPLE, EncodedPrompt, TinySam3DConfig, TinySam3DNet
+from scarceseg.foundation.weights import read_tensors
 from scarceseg.types import ImageBatch, Prompt
 
 KIND = "tiny-sam3d"
@@ -130,47 +139,81 @@ class TinySam3D(Promptable):
         """Embed whole volumes; see `Promptable.embed`.
 
         Raises:
-            DataError: not five axes, or no such channel.
+            DataError: not five axes, no such channel, or values that are not finite.
         """
-        if image.ndim != 5:
-            raise DataError(f"{self.name}: expected images [B, C, X, Y, Z], got shape {list(image.shape)}")
+        check_image(self, image)
         if self.channel is not None and not 0 <= self.channel < image.shape[1]:
             raise DataError(
                 f"{self.name}: there is no channel {self.channel}, the image has {image.shape[1]} (0 first)"
             )
-        volume = image.float() if self.channel is None else image[:, self.channel : self.channel + 1].float()
+        volume = image if self.channel is None else image[:, self.channel : self.channel + 1]
+        volume = volume.to(self._device, torch.float32)
         grid = Grid.fit((image.shape[2], image.shape[3], image.shape[4]), spacing_mm, self.longest)
         seen = _z_score(_z_score(grid.put(volume)).mean(1, keepdim=True))
         return Embedding(self.network.encoder(seen), grid.size, grid)
 
     @torch.no_grad()
     def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
-        """Answer one prompt per row; see `Promptable.segment`."""
+        """Answer one prompt per row; see `Promptable.segment`.
+
+        Raises:
+            DataError: wrong number of prompts, one outside the volume, or an embedding or a previous answer that is not of this
+                model for these rows.
+        """
         check_prompts(self, embedding, prompts)
-        memory = None if previous is None else previous.memory["probability"]
+        memory = self._memory(embedding, previous)
+        counts = [len(_clicks(prompt)[1]) for prompt in prompts]
+        order: list[int] = []
         parts = []
-        for start in range(0, len(prompts), self.rows):
-            rows = slice(start, start + self.rows)
-            maps = {key: value[rows] for key, value in embedding.features.items()}
-            parts.append(self._answer(maps, embedding.frame, prompts[rows], None if memory is None else memory[rows]))
-        logits, quality, seen = (torch.cat(column) for column in zip(*parts, strict=True))
+        # Rows with equally many clicks go together: a row takes as many turns as it has clicks, whatever its neighbours have.
+        for count in sorted(set(counts)):
+            alike = [row for row, own in enumerate(counts) if own == count]
+            for start in range(0, len(alike), self.rows):
+                rows = alike[start : start + self.rows]
+                last = None if memory is None else memory[rows]
+                parts.append(self._answer(embedding.select(rows), [prompts[row] for row in rows], last))
+                order += rows
+        back = torch.tensor(order).argsort()
+        logits, quality, seen = (torch.cat(column)[back.to(self._device)] for column in zip(*parts, strict=True))
         return Masks(logits, quality, {"probability": seen})
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def _memory(self, embedding: Embedding, previous: Masks | None) -> torch.Tensor | None:
+        """The mask of the last round ``[B, 1, x, y, z]`` on the model's grid."""
+        if not isinstance(embedding.frame, Grid):
+            raise DataError(
+                f"{self.name}: expected an embedding of its own, got another model's: embed the volume again"
+            )
+        if previous is None:
+            return None
+        seen, expected = previous.memory.get("probability"), (len(embedding), 1, *embedding.frame.seen)
+        if seen is None or tuple(seen.shape) != expected:
+            got = "none" if seen is None else list(seen.shape)
+            raise DataError(
+                f"{self.name}: expected a previous answer with a mask {list(expected)}, got {got}: hand back the answer of the "
+                "same model for the same rows"
+            )
+        return seen
+
     def _answer(
-        self, maps: dict[str, torch.Tensor], grid: Grid, prompts: Sequence[Prompt], memory: torch.Tensor | None
+        self, embedding: Embedding, prompts: Sequence[Prompt], memory: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits and quality, and the mask on the model's grid that the next round will see."""
+        grid: Grid = embedding.frame
         encoded = self._encode(prompts, grid, memory)
         count = encoded.labels.shape[1]
         for clicks in range(1 if memory is None else count, count + 1):
             so_far = replace(encoded, points=encoded.points[:, :clicks], labels=encoded.labels[:, :clicks])
-            logits, quality = self.network.head(maps, so_far)
+            logits, quality = self.network.head(embedding.features, so_far)
             seen = torch.sigmoid(logits)[:, None]
             encoded = replace(encoded, mask=seen, has_mask=torch.ones_like(encoded.has_mask))
         return grid.take(logits[:, None])[:, 0], quality, seen
 
     def _encode(self, prompts: Sequence[Prompt], grid: Grid, memory: torch.Tensor | None) -> EncodedPrompt:
-        device = next(self.network.parameters()).device
+        device = self._device
         clicks = [_clicks(prompt) for prompt in prompts]
         most = max(1, *(len(points) for points, _ in clicks))
         points = torch.zeros(len(prompts), most, 3, device=device)
@@ -194,12 +237,12 @@ class TinySam3D(Promptable):
 
 def _clicks(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
     """The clicks of a prompt; a mask that comes alone gets one in its deepest voxel."""
-    if prompt.points_voxel is not None and prompt.point_labels is not None:
+    if prompt.points_voxel is not None and prompt.point_labels is not None and len(prompt.points_voxel):
         return prompt.points_voxel, prompt.point_labels
     none = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     if prompt.mask is None or prompt.box_voxel is not None or not (prompt.mask > 0.5).any():
         return none
-    depth = torch.from_numpy(ndimage.distance_transform_edt((prompt.mask > 0.5).cpu().numpy()))
+    depth, _ = error_distances(torch.zeros_like(prompt.mask), prompt.mask > 0.5)
     deepest = torch.stack(torch.unravel_index(depth.argmax(), depth.shape))
     return deepest[None].float(), torch.ones(1, dtype=torch.long)
 
@@ -228,19 +271,13 @@ def read_tiny_sam3d(path: Path) -> TinySam3DNet:
     Raises:
         DataError: no such file, damaged, or not of this model.
     """
-    if not path.exists():
-        raise DataError(f"there is no file {path}: give a file of {KIND}, or the name {KIND} for the packaged one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"cannot read {path}: {error}; get the file again") from None
+    state, about = read_tensors(path)
     if about.get("kind") != KIND:
         raise DataError(f"{path} holds {about.get('kind', 'weights of another model')}, expected {KIND}")
-    network = TinySam3DNet(TinySam3DConfig.from_dict(json.loads(about["config"])))
     try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise DataError(f"{path} does not fit {KIND}: {str(error).splitlines()[-1].strip()}; get it again") from None
+        network = TinySam3DNet(TinySam3DConfig.from_dict(json.loads(about["config"])))
+        network.load_state_dict({key: value.float() for key, value in state.items()})
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
+        raise DataError(f"{path} does not fit {KIND}: {reason}; get it again") from None
     return network

@@ -202,6 +202,8 @@ def error_clicks(
     for window in (3, 5, 5):
         depth = F.avg_pool3d(depth, window, stride=1, padding=window // 2)
     depth = F.interpolate(depth, size=size, mode="nearest") * wrong
+    # The last slice of an odd size falls out of the coarse map; errors that lie there alone are still errors.
+    depth = torch.where(depth > 0, depth, 1e-6 * wrong)
     spread = torch.from_numpy(rng.random((rows, *size), dtype=np.float32))
     random_rows = torch.from_numpy(rng.random(rows) < anywhere)
     score = torch.where(

@@ -157,7 +157,7 @@ class _Canvas:
 
     def _ellipsoid(self, centre: NDArray[np.float64], radii: NDArray[np.float64], bump: float = 0.1) -> Field:
         """Signed distance (about, in voxels; negative inside) to a turned, uneven ellipsoid."""
-        turn = Rotation.random(rng=self.rng).as_matrix() / radii
+        turn = Rotation.random(None, self.rng).as_matrix() / radii  # the name of the second argument changed
         grid = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in self.shape), indexing="ij", sparse=True)
         offsets = [axis - np.float32(c) for axis, c in zip(grid, centre, strict=True)]
         total = np.zeros(self.shape, np.float32)
