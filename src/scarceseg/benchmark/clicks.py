@@ -225,7 +225,7 @@ def run_clicks(
     except ValueError:
         raise ConfigError(f"--clicks: expected whole numbers such as 1,2,5,10, got {clicks!r}") from None
     millimetres = read_numbers(spacing, "--spacing", float) if spacing is not None else None
-    if millimetres is not None and min(millimetres) <= 0:
+    if millimetres is not None and not all(0 < mm < float("inf") for mm in millimetres):
         raise ConfigError(f"--spacing: expected millimetres above 0, got {spacing!r}")
     result = benchmark_clicks(
         dataset,

@@ -268,6 +268,23 @@ def decode_all_tokens(sam: SamModel, embedding: torch.Tensor) -> tuple[torch.Ten
         Logits ``[N, T, 4E, 4E]`` and estimated IoU ``[N, T]`` of the T mask tokens.
     """
     decoder = sam.mask_decoder
+    tokens, image = decoder_features(sam, embedding)
+    iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + decoder.num_mask_tokens].unbind(1)
+    weights = [mlp(token) for mlp, token in zip(decoder.output_hypernetworks_mlps, mask_tokens, strict=True)]
+    logits = torch.einsum("ntc,nchw->nthw", torch.stack(weights, dim=1), image)
+    return logits, decoder.iou_prediction_head(iou_token)
+
+
+def decoder_features(sam: SamModel, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the mask decoder makes masks of, without prompts.
+
+    Args:
+        sam, embedding: see `decode_all_tokens`.
+
+    Returns:
+        Tokens ``[N, 1 + T, D]`` (the one for the IoU first) and the upscaled image ``[N, D/8, 4E, 4E]``.
+    """
+    decoder = sam.mask_decoder
     count, _, height, width = embedding.shape
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]
@@ -280,11 +297,7 @@ def decode_all_tokens(sam: SamModel, embedding: torch.Tensor) -> tuple[torch.Ten
     )
     image = image.reshape(count, height, width, -1).permute(0, 3, 1, 2)
     image = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(image)))
-    image = decoder.activation(decoder.upscale_conv2(image))
-    iou_token, mask_tokens = tokens[:, 0, 0], tokens[:, 0, 1 : 1 + decoder.num_mask_tokens].unbind(1)
-    weights = [mlp(token) for mlp, token in zip(decoder.output_hypernetworks_mlps, mask_tokens, strict=True)]
-    logits = torch.einsum("ntc,nchw->nthw", torch.stack(weights, dim=1), image)
-    return logits, decoder.iou_prediction_head(iou_token)
+    return tokens[:, 0], decoder.activation(decoder.upscale_conv2(image))
 
 
 def renew_tokens(sam: SamModel, count: int, seed: int) -> None:

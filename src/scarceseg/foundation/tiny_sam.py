@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,26 +17,13 @@ from transformers import SamConfig, SamModel
 
 from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import DataError
-from scarceseg.foundation.base import (
-    Embedding,
-    Masks,
-    Promptable,
-    PromptKind,
-    Spacing,
-    Tunable,
-    TunedModel,
-    Tuning,
-    check_image,
-    check_prompts,
-)
+from scarceseg.foundation.base import Tunable, TunedModel, Tuning, freeze
 from scarceseg.foundation.identify import compare
-from scarceseg.foundation.prompts import resize_prompt
 from scarceseg.foundation.sam import image_size_of
 from scarceseg.foundation.sam_tuned import MosaicOptions, TunedSam
-from scarceseg.foundation.sam_volume import SamOptions, SamPromptable
 from scarceseg.foundation.tiny_sam3d import resample_whole
 from scarceseg.foundation.weights import read_tensors
-from scarceseg.types import ImageBatch, Logits, Prompt
+from scarceseg.types import ImageBatch, Logits
 
 KIND = "tiny-sam"
 GRID = 7
@@ -47,8 +32,8 @@ GRID = 7
 Size = tuple[int, int, int]
 
 
-class TinySam(Promptable, Tunable):
-    """The small SAM on whole volumes, to be prompted or tuned.
+class TinySam(Tunable):
+    """The small SAM, to be tuned on whole volumes. It was not taught to answer prompts, and offers none.
 
     Args:
         sam: the network; it is frozen.
@@ -56,16 +41,12 @@ class TinySam(Promptable, Tunable):
         augment: let tuning turn and flip the mosaic, as SFR does. Off, because it hides where in the volume a tile lies.
     """
 
-    prompt_kinds: frozenset[PromptKind] = frozenset({"point", "box", "mask"})
-
     def __init__(self, sam: SamModel, name: str = KIND, augment: bool = False) -> None:
         side = image_size_of(sam)
         self.seen: Size = (side // GRID, side // GRID, GRID * GRID)
-        self.name = name
+        self.sam, self.name = sam, name
         self.mosaic = MosaicOptions(augment=augment)
-        # Mask 0 answers every number of clicks: the other three tokens of a SAM were not pre-trained.
-        options = SamOptions(view="mosaic", normalise="zscore", multimask=False)
-        self.inner = SamPromptable(sam, name, options)
+        freeze(sam)
 
     @classmethod
     def from_file(cls, path: Path, name: str = KIND, augment: bool = False) -> TinySam:
@@ -75,30 +56,6 @@ class TinySam(Promptable, Tunable):
             DataError: no such file, damaged, or not of this model.
         """
         return cls(read_tiny_sam(path), name, augment)
-
-    @property
-    def sam(self) -> SamModel:
-        """The network."""
-        return self.inner.sam
-
-    def to(self, device: torch.device) -> TinySam:
-        """Move the weights; returns itself."""
-        self.inner.to(device)
-        return self
-
-    def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:
-        """Embed whole volumes; see `Promptable.embed`."""
-        check_image(self, image)
-        size = (image.shape[2], image.shape[3], image.shape[4])
-        inner = self.inner.embed(resample_whole(image.float(), self.seen), spacing_mm)
-        return Embedding(inner.features, size, inner.frame)
-
-    def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
-        """Answer one prompt per row; see `Promptable.segment`."""
-        check_prompts(self, embedding, prompts)
-        seen = [resize_prompt(prompt, embedding.size, self.seen) for prompt in prompts]
-        answer = self.inner.segment(replace(embedding, size=self.seen), seen, previous)
-        return replace(answer, logits=resample_whole(answer.logits[:, None], embedding.size)[:, 0])
 
     def tunable(self, channels: int, classes: int, tuning: Tuning, size: Size) -> TunedModel:
         """A copy opened for K classes that sees each volume whole; volumes need not have `size`, it only names the usual one."""

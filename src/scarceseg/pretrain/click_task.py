@@ -130,30 +130,23 @@ def _draw(rng: np.random.Generator, shares: Mapping[Name, float]) -> Name:
     return names[int(rng.choice(len(names), p=list(shares.values())))]
 
 
-def target_losses(
-    answers: list[tuple[torch.Tensor, torch.Tensor]], target: torch.Tensor, balance: float = 0.0
-) -> dict[str, torch.Tensor]:
-    """Mean over the answers of ``mask`` (Dice and cross-entropy) and ``quality``; ``dice`` of the last answer.
-
-    `balance` from 0 to 1 moves the cross-entropy from all voxels alike to target and rest alike.
-    """
+def target_losses(answers: list[tuple[torch.Tensor, torch.Tensor]], target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Mean over the answers of ``mask`` (Dice and cross-entropy) and ``quality``; ``dice`` of the last answer."""
     found = [_iou(logits, target) for logits, _ in answers]
     return {
-        "mask": torch.stack([mask_loss(logits, target, balance) for logits, _ in answers]).mean(),
+        "mask": torch.stack([mask_loss(logits, target) for logits, _ in answers]).mean(),
         "quality": torch.stack([F.mse_loss(q, iou) for (_, q), iou in zip(answers, found, strict=True)]).mean(),
         "dice": (2 * found[-1] / (1 + found[-1])).mean(),
     }
 
 
-def mask_loss(logits: torch.Tensor, target: torch.Tensor, balance: float = 0.0) -> torch.Tensor:
-    """Soft Dice of each row plus cross-entropy, both averaged; see `target_losses` for `balance`."""
+def mask_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Soft Dice of each row plus cross-entropy, both averaged."""
     wanted = target.float()
-    share = wanted.flatten(1).mean(1).clamp(1e-3, 1 - 1e-3)[:, None, None, None]
-    weight = 1 - balance + balance * 0.5 * (wanted / share + (1 - wanted) / (1 - share))
     p = torch.sigmoid(logits).flatten(1)
     t = wanted.flatten(1)
     dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
-    return dice.mean() + F.binary_cross_entropy_with_logits(logits, wanted, weight)
+    return dice.mean() + F.binary_cross_entropy_with_logits(logits, wanted)
 
 
 def _iou(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

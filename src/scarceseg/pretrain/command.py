@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scarceseg.errors import Interrupted, RunError, ScarceSegError
+from scarceseg.cli import _guarded
+from scarceseg.errors import RunError
 
 if TYPE_CHECKING:
     from scarceseg.pretrain.loop import Pretraining, Schedule, Task
@@ -71,6 +74,7 @@ def pretrain_tiny_sam(
     resume: ResumeOpt = False,
 ) -> None:
     """Features of tiny-sam3d and clicks, on stitched mosaics of synthetic volumes (the weights in the package)."""
+    from scarceseg.foundation.catalogue import CATALOGUE
     from scarceseg.foundation.tiny_sam import read_tiny_sam, save_tiny_sam, start_tiny_sam
     from scarceseg.foundation.tiny_sam3d import read_tiny_sam3d
     from scarceseg.foundation.weights import find
@@ -78,7 +82,7 @@ def pretrain_tiny_sam(
     from scarceseg.pretrain.mosaic_task import MosaicTask
 
     _prepare(out, seed, threads, resume)
-    teaching = read_tiny_sam3d(Path(teacher) if Path(teacher).exists() else find(teacher))
+    teaching = read_tiny_sam3d(find(teacher) if teacher in CATALOGUE else Path(teacher))
     sam = start_tiny_sam(seed) if start is None else read_tiny_sam(start)
     run = _run(MosaicTask(sam, teaching), Schedule(iterations, lr=lr, seed=seed), out, resume)
     sam.load_state_dict(
@@ -91,6 +95,9 @@ def pretrain_tiny_sam(
 
 def _prepare(out: Path, seed: int, threads: int, resume: bool) -> None:
     import torch
+
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file: choose a folder for --out")
 
     present = (out / "checkpoint.pt").exists()
     if present and not resume:
@@ -105,26 +112,30 @@ def _prepare(out: Path, seed: int, threads: int, resume: bool) -> None:
 def _run(task: Task, schedule: Schedule, out: Path, resume: bool) -> Pretraining:
     from scarceseg.pretrain.loop import Pretraining
 
-    asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: asked.append(received))
-    run = Pretraining(task, schedule, out, stop=lambda: bool(asked))
-    if resume:
-        run.restore()
-    run.run()
+    with _signals() as asked:
+        run = Pretraining(task, schedule, out, stop=lambda: bool(asked))
+        if resume:
+            run.restore()
+        run.run()
     return run
 
 
-def main() -> None:
-    """Run the command; exit status as of `scarceseg`."""
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM instead of dying from them."""
+    asked: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda received, _: asked.append(received)) for number in numbers]
     try:
-        app()
-    except ScarceSegError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except Interrupted as error:
-        typer.echo(str(error), err=True)
-        sys.exit(130)
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; exit status as of `scarceseg`."""
+    sys.exit(_guarded(lambda: app(arguments)))
 
 
 if __name__ == "__main__":

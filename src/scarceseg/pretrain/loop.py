@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from scarceseg.engine.checkpoint import load_checkpoint, save_checkpoint
+from scarceseg.engine.logging import RunLog
 from scarceseg.errors import Interrupted, RunError
 
 Losses = dict[str, torch.Tensor]
+STAGE = "pretrain"
 
 
 class Task(Protocol):
@@ -87,15 +89,21 @@ class Pretraining:
         self.iteration = 0
 
     def restore(self, path: Path | None = None) -> None:
-        """Go on from a checkpoint; the one in `folder` unless another is named."""
+        """Go on from a checkpoint; the one in `folder` unless another is named.
+
+        Raises:
+            RunError: missing, damaged, or of another model.
+        """
         state = load_checkpoint(path or self.folder / "checkpoint.pt")
         try:
             self.task.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.average = {name: state["average"][name] for name in self.average}
+            self.iteration = int(state["iteration"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise RunError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
-        self.average = state["average"]
-        self.iteration = int(state["iteration"])
+        # A killed run has logged steps after its checkpoint: they will be made, and logged, again.
+        RunLog(self.folder).rewind(STAGE, self.iteration + 1)
 
     def save(self) -> None:
         """Write the checkpoint atomically."""
@@ -161,5 +169,5 @@ class Pretraining:
     def _log(self, values: dict[str, float], seconds: float) -> None:
         row = {"iteration": self.iteration, "seconds": round(seconds, 4)} | {k: round(v, 5) for k, v in values.items()}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"stage": STAGE, **row}) + "\n")
         print(" ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
