@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import SamModel
 
 from scarceseg.errors import DataError
@@ -34,13 +35,20 @@ def small_net(seed: int = 0) -> TinySam3DNet:
 
 def small_sam(seed: int = 0) -> SamModel:
     """`tiny-sam` of two blocks on a canvas of 7 x 7 tiles of 8 pixels; it sees volumes as (8, 8, 49) voxels."""
+    return lively(SamModel(tiny_sam_config(tile=8, patch=4, width=32, depth=2)), seed)
+
+
+def lively(sam: SamModel, seed: int = 0) -> SamModel:
+    """The same network with weights that answer: Hugging Face's own first ones give logits of 1e-6."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sam = SamModel(tiny_sam_config(tile=8, patch=4, width=32, depth=2)).eval()
+        for module in sam.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+                module.reset_parameters()
         with torch.no_grad():
             for parameter in sam.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return sam
+    return sam.eval()
 
 
 def click(*places: tuple[float, ...], labels: list[int] | None = None, **rest: Any) -> Prompt:

@@ -29,7 +29,8 @@ from scarceseg.foundation.tiny_sam3d_net import (
     PromptHead,
     TinySam3DNet,
     _inside_box,
-    _squared_distances,
+    half_places,
+    squared_distances,
 )
 from scarceseg.foundation.weights import find
 from scarceseg.pretrain.volumes import UNSEEN, draw_target, make_volume
@@ -306,7 +307,7 @@ def test_finest_logits_are_sub_voxels_plus_gated_features() -> None:
 
 def test_distances_are_measured_on_the_half_grid() -> None:
     points = torch.tensor([[[0.0, 3.0, 7.5], [3.5, -0.25, 2.0]]])
-    found = _squared_distances(points, torch.Size((2, 3, 4))).numpy()
+    found = squared_distances(half_places(points), torch.Size((2, 3, 4))).numpy()
     assert found.shape == (1, 2, 2, 3, 4)
     for n, x, y, z in product(range(2), range(2), range(3), range(4)):
         # The centre of half-grid voxel h lies between full voxels 2h and 2h + 1.

@@ -6,6 +6,7 @@ A volume is resampled as a whole to a grid whose sides are multiples of 16; clic
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,13 @@ from scarceseg.foundation.base import (
     freeze,
 )
 from scarceseg.foundation.clicks import error_distances
-from scarceseg.foundation.tiny_sam3d_net import MULTIPLE, EncodedPrompt, TinySam3DConfig, TinySam3DNet
+from scarceseg.foundation.tiny_sam3d_net import (
+    MULTIPLE,
+    EncodedPrompt,
+    TinySam3DConfig,
+    TinySam3DNet,
+    squared_distances,
+)
 from scarceseg.foundation.weights import read_tensors
 from scarceseg.types import ImageBatch, Prompt
 
@@ -46,6 +53,10 @@ def resample_whole(volume: torch.Tensor, size: tuple[int, int, int]) -> torch.Te
     if (x, y, z) != old:
         volume = F.adaptive_avg_pool3d(volume, (x, y, z))
     return F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
+
+
+CORRECTIONS_FROM = 3
+"""The first clicks say what is meant; from this one on they correct its border."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,8 @@ class TinySam3D(Promptable):
         longest: see `Grid.fit`. More is finer and slower.
         channel: image channel to look at; None takes the mean of all (each z-scored).
         rows: prompts answered at once; bounds the memory.
+        reach: from the third click on, a click changes the mask only around it: with a Gaussian weight whose deviation is this
+            part of the radius of a ball as large as the mask. 0 lets every click change everything.
 
     Raises:
         ConfigError: an impossible option.
@@ -113,12 +126,15 @@ class TinySam3D(Promptable):
         longest: int = LONGEST,
         channel: int | None = None,
         rows: int = 4,
+        reach: float = 0.65,
     ) -> None:
-        if longest < MULTIPLE or rows < 1:
-            raise ConfigError(f"expected longest >= {MULTIPLE} and rows >= 1, got longest={longest}, rows={rows}")
+        if longest < MULTIPLE or rows < 1 or reach < 0:
+            raise ConfigError(
+                f"expected longest >= {MULTIPLE}, rows >= 1 and reach >= 0, got {longest}, {rows} and {reach}"
+            )
         freeze(network)
         self.network, self.name = network, name
-        self.longest, self.channel, self.rows = longest, channel, rows
+        self.longest, self.channel, self.rows, self.reach = longest, channel, rows, reach
 
     @classmethod
     def from_file(cls, path: Path, name: str = KIND, **options: int | None) -> TinySam3D:
@@ -209,8 +225,18 @@ class TinySam3D(Promptable):
             so_far = replace(encoded, points=encoded.points[:, :clicks], labels=encoded.labels[:, :clicks])
             logits, quality = self.network.head(embedding.features, so_far)
             seen = torch.sigmoid(logits)[:, None]
+            if clicks >= CORRECTIONS_FROM and self.reach and encoded.mask is not None:
+                seen = self._near_click(so_far.points[:, -1:], encoded.mask, seen)
             encoded = replace(encoded, mask=seen, has_mask=torch.ones_like(encoded.has_mask))
-        return grid.take(logits[:, None])[:, 0], quality, seen
+        return grid.take(torch.logit(seen, eps=1e-4))[:, 0], quality, seen
+
+    def _near_click(self, click: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """The new mask around the newest click ``[B, 1, 3]``, the one before far away from it."""
+        voxels = (before > 0.5).flatten(1).sum(1).clamp_min(1)
+        radius = (voxels * (3 / (4 * math.pi))) ** (1 / 3)  # of the ball as large as the mask before
+        deviation = (self.reach * radius)[:, None, None, None, None]
+        weight = torch.exp(-squared_distances(click, before.shape[2:]) / (2 * deviation**2))
+        return weight * after + (1 - weight) * before
 
     def _encode(self, prompts: Sequence[Prompt], grid: Grid, memory: torch.Tensor | None) -> EncodedPrompt:
         device = self._device

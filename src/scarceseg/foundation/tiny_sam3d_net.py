@@ -210,7 +210,7 @@ class PromptHead(nn.Module):
     def _prompt_maps(self, similar: torch.Tensor, prompt: EncodedPrompt) -> torch.Tensor:
         size = similar.shape[2:]
         maps = [self._similarity(similar, prompt)]
-        squares = _squared_distances(prompt.points, size)
+        squares = squared_distances(half_places(prompt.points), size)
         for sign in (1, 0):
             away = prompt.labels != sign
             nearest = squares.masked_fill(away[:, :, None, None, None], 1e6).amin(1, keepdim=True)
@@ -248,12 +248,17 @@ def _constant(value: torch.Tensor, size: torch.Size) -> torch.Tensor:
     return value.float()[:, None, None, None, None].expand(-1, 1, *size)
 
 
-def _squared_distances(points: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Squared distance ``[B, N, x, y, z]``, in voxels of the half grid, of each of its voxels from each point."""
+def half_places(points: torch.Tensor) -> torch.Tensor:
+    """Voxel indices of the full grid as (broken) indices of the one at half resolution."""
+    return (points + 0.5) / 2 - 0.5
+
+
+def squared_distances(points: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Squared distance ``[B, N, x, y, z]`` of each voxel of a grid from each point ``[B, N, 3]``, all in voxels of the grid."""
     parts = []
     for axis, length in enumerate(size):
         centre = torch.arange(length, device=points.device, dtype=points.dtype)
-        parts.append((centre - ((points[..., axis, None] + 0.5) / 2 - 0.5)).square())
+        parts.append((centre - points[..., axis, None]).square())
     x, y, z = parts
     return x[..., :, None, None] + y[..., None, :, None] + z[..., None, None, :]
 

@@ -180,7 +180,7 @@ def error_clicks(
     """One click per row in the error of a mask: deep inside the larger error, or in `anywhere` of the rows at random.
 
     Args:
-        guess: ``[R, X, Y, Z]`` bool, the mask so far.
+        guess: ``[R, X, Y, Z]`` bool, the mask so far; no side is shorter than 10 voxels.
         target: ``[R, X, Y, Z]`` bool.
         rng: all randomness comes from it.
         anywhere: share of clicks drawn from all error voxels.

@@ -73,7 +73,7 @@ def pretrain_tiny_sam(
     start: StartOpt = None,
     resume: ResumeOpt = False,
 ) -> None:
-    """Features of tiny-sam3d and clicks, on stitched mosaics of synthetic volumes (the weights in the package)."""
+    """Features of tiny-sam3d, foretold on stitched mosaics of synthetic volumes (the weights in the package)."""
     from scarceseg.foundation.catalogue import CATALOGUE
     from scarceseg.foundation.tiny_sam import read_tiny_sam, save_tiny_sam, start_tiny_sam
     from scarceseg.foundation.tiny_sam3d import read_tiny_sam3d
@@ -98,7 +98,6 @@ def _prepare(out: Path, seed: int, threads: int, resume: bool) -> None:
 
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file: choose a folder for --out")
-
     present = (out / "checkpoint.pt").exists()
     if present and not resume:
         raise RunError(f"{out} holds a pre-training already: add --resume to go on with it, or choose another --out")

@@ -92,7 +92,7 @@ class Pretraining:
         """Go on from a checkpoint; the one in `folder` unless another is named.
 
         Raises:
-            RunError: missing, damaged, or of another model.
+            RunError: missing, damaged, or of another model or seed.
         """
         state = load_checkpoint(path or self.folder / "checkpoint.pt")
         try:
@@ -100,8 +100,13 @@ class Pretraining:
             self.optimizer.load_state_dict(state["optimizer"])
             self.average = {name: state["average"][name] for name in self.average}
             self.iteration = int(state["iteration"])
+            seed = state["schedule"]["seed"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise RunError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
+        if seed != self.schedule.seed:
+            raise RunError(
+                f"the checkpoint belongs to a run of seed {seed}, not {self.schedule.seed}: resume with that seed"
+            )
         # A killed run has logged steps after its checkpoint: they will be made, and logged, again.
         RunLog(self.folder).rewind(STAGE, self.iteration + 1)
 
@@ -152,7 +157,7 @@ class Pretraining:
             group["lr"] = rate
         losses = self.task.loss(rng, self.iteration / self.schedule.iterations)
         if not torch.isfinite(losses["loss"]):
-            raise RunError(f"the loss became {float(losses['loss'])} at step {self.iteration}; lower --lr")
+            raise RunError(f"the loss became {float(losses['loss'].detach())} at step {self.iteration}; lower --lr")
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(self.task.network.parameters(), self.schedule.clip)
