@@ -250,6 +250,18 @@ def test_bad_data_gives_one_clear_message(painter: Painter, tmp_path: Path, caps
     assert status == 2 and "case_00" in err and err.startswith("error: ")
 
 
+def test_a_damaged_case_costs_only_itself(painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny_dataset(tmp_path, cases=3)
+    broken = sorted((data / "labelsTr").iterdir())[1]
+    broken.write_bytes(b"not a volume")
+    scores = tmp_path / "scores.json"
+    status, out, err = typed(data, "--foundation", "painter", "--clicks", "1", "--json", scores, capsys=capsys)
+    assert status == 2 and broken.name in err
+    kept = json.loads(scores.read_text(encoding="utf-8"))
+    assert len({t["case"] for t in kept["targets"]}) == 2 and len(kept["failed"]) == 1
+    assert "mean of" in out
+
+
 def test_called_from_python(painter: Painter, tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path, cases=1)
     with pytest.raises(ConfigError, match="expected numbers from 1"):

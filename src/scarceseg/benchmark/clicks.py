@@ -58,7 +58,7 @@ class Target:
 
 @dataclass
 class ClickResult:
-    """All targets of one model on one dataset."""
+    """All targets of one model on one dataset; `failed` says why a case has none."""
 
     dataset: str
     foundation: str
@@ -68,6 +68,7 @@ class ClickResult:
     spacing_mm: tuple[float, float, float] | None
     device: str
     targets: list[Target] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def mean(self) -> dict[int, float]:
         """Mean Dice over all targets, per number of clicks."""
@@ -108,7 +109,7 @@ def benchmark_clicks(
 
     Raises:
         ConfigError: the model takes no points, or a number of clicks below 1.
-        DataError: no labelled case matches.
+        DataError: no labelled case matches, or none could be scored.
     """
     if not clicks or min(clicks) < 1:
         raise ConfigError(f"clicks: expected numbers from 1, got {list(clicks)}")
@@ -124,9 +125,13 @@ def benchmark_clicks(
     with Progress(disable=not show) as progress:
         for number, case in enumerate(progress.track(chosen, description="clicks")):
             generator = torch.Generator().manual_seed(seed * 100_003 + number)
-            result.targets += _case(model, facts, case, wanted, spacing_mm, style, generator, torch.device(device))
+            try:
+                result.targets += _case(model, facts, case, wanted, spacing_mm, style, generator, torch.device(device))
+            except DataError as error:  # what the other cases gave is kept
+                result.failed[case.name] = str(error)
     if not result.targets:
-        raise DataError(f"the labels of the {len(chosen)} chosen cases of {dataset} are all empty")
+        reason = next(iter(result.failed.values()), "their labels are all empty")
+        raise DataError(f"none of the {len(chosen)} chosen cases of {dataset} could be scored: {reason}")
     return result
 
 
@@ -241,6 +246,9 @@ def run_clicks(
     if json_file is not None:
         write_text(json_file, result.to_json() + "\n")
     print_clicks(result)
+    if result.failed:
+        reasons = "; ".join(result.failed.values())
+        raise DataError(f"{len(result.failed)} of the chosen cases could not be scored, the others are above: {reasons}")
     return result
 
 

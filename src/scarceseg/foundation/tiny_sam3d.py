@@ -231,8 +231,9 @@ class TinySam3D(Promptable):
         return grid.take(torch.logit(seen, eps=1e-4))[:, 0], quality, seen
 
     def _near_click(self, click: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """The new mask around the newest click ``[B, 1, 3]``, the one before far away from it."""
-        voxels = (before > 0.5).flatten(1).sum(1).clamp_min(1)
+        """The new mask around the newest click ``[B, 1, 3]``, the one before far away from it; all of the new one after none."""
+        voxels = (before > 0.5).flatten(1).sum(1)
+        voxels = torch.where(voxels > 0, voxels.float(), torch.inf)
         radius = (voxels * (3 / (4 * math.pi))) ** (1 / 3)  # of the ball as large as the mask before
         deviation = (self.reach * radius)[:, None, None, None, None]
         weight = torch.exp(-squared_distances(click, before.shape[2:]) / (2 * deviation**2))
