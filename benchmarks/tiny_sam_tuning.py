@@ -28,7 +28,7 @@ from scarceseg.foundation import Tunable, Tuning
 from scarceseg.foundation.load import load_foundation
 from scarceseg.functional.losses import segmentation_loss
 
-CODE = ("foundation",)
+CODE = tuple(f"foundation/{name}.py" for name in ("tiny_sam", "sam_tuned", "lora", "stitching", "sam"))
 VAL = range(64, 80)
 Volume = tuple[np.ndarray, np.ndarray]
 

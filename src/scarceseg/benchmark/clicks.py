@@ -248,7 +248,9 @@ def run_clicks(
     print_clicks(result)
     if result.failed:
         reasons = "; ".join(result.failed.values())
-        raise DataError(f"{len(result.failed)} of the chosen cases could not be scored, the others are above: {reasons}")
+        raise DataError(
+            f"{len(result.failed)} of the chosen cases could not be scored, the others are above: {reasons}"
+        )
     return result
 
 

@@ -20,6 +20,7 @@ from scarceseg.foundation.base import (
     Tunable,
     TunedModel,
     Tuning,
+    check_image,
     check_prompts,
     freeze,
 )
@@ -135,11 +136,10 @@ class SamPromptable(Promptable, Tunable):
             spacing_mm: distance of voxel centres along X, Y, Z.
 
         Raises:
-            DataError: another number of axes or channels.
+            DataError: another number of axes or channels, or values that are not finite.
             ConfigError: more slices than a mosaic can hold.
         """
-        if image.ndim != 5:
-            raise DataError(f"{self.name}: expected volumes [B, C, X, Y, Z], got {list(image.shape)}")
+        check_image(self, image)
         wanted = int(parts(self.sam.config)[0].num_channels)
         pixels = to_pixels(image.to(self._device, torch.float32), self.options.normalise, wanted)
         x, y, z = image.shape[2:]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +110,9 @@ class TinySam3D(Promptable):
         longest: see `Grid.fit`. More is finer and slower.
         channel: image channel to look at; None takes the mean of all (each z-scored).
         rows: prompts answered at once; bounds the memory.
-        reach: from the third click on, a click changes the mask only around it: with a Gaussian weight whose deviation is this
-            part of the radius of a ball as large as the mask. 0 lets every click change everything.
+        reach: from the third click on, a click changes the mask only around it: with a Gaussian weight whose deviation, at the
+            third click, is so many radii of a ball as large as the mask, and shrinks with further clicks (exponent -0.6). 0 lets
+            every click change everything. Without it late clicks mend one border and spoil another.
 
     Raises:
         ConfigError: an impossible option.
@@ -126,24 +128,26 @@ class TinySam3D(Promptable):
         longest: int = LONGEST,
         channel: int | None = None,
         rows: int = 4,
-        reach: float = 0.65,
+        reach: float = 1.2,
     ) -> None:
         if longest < MULTIPLE or rows < 1 or reach < 0:
             raise ConfigError(
                 f"expected longest >= {MULTIPLE}, rows >= 1 and reach >= 0, got {longest}, {rows} and {reach}"
             )
         freeze(network)
-        self.network, self.name = network, name
+        # On the CPU the encoder is about 1.6 times faster with channels last; the answers differ by rounding.
+        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.name = name
         self.longest, self.channel, self.rows, self.reach = longest, channel, rows, reach
 
     @classmethod
-    def from_file(cls, path: Path, name: str = KIND, **options: int | None) -> TinySam3D:
+    def from_file(cls, path: Path, name: str = KIND, **options: Any) -> TinySam3D:
         """Read a file of `save_tiny_sam3d`.
 
         Raises:
             DataError: no such file, or not of this model.
         """
-        return cls(read_tiny_sam3d(path), name=name, **options)  # type: ignore[arg-type]
+        return cls(read_tiny_sam3d(path), name=name, **options)
 
     def to(self, device: torch.device) -> TinySam3D:
         """Move the weights; returns itself."""
@@ -226,18 +230,10 @@ class TinySam3D(Promptable):
             logits, quality = self.network.head(embedding.features, so_far)
             seen = torch.sigmoid(logits)[:, None]
             if clicks >= CORRECTIONS_FROM and self.reach and encoded.mask is not None:
-                seen = self._near_click(so_far.points[:, -1:], encoded.mask, seen)
+                reach = self.reach / (clicks - CORRECTIONS_FROM + 1) ** 0.6
+                seen = _near_click(so_far.points[:, -1:], encoded.mask, seen, reach)
             encoded = replace(encoded, mask=seen, has_mask=torch.ones_like(encoded.has_mask))
         return grid.take(torch.logit(seen, eps=1e-4))[:, 0], quality, seen
-
-    def _near_click(self, click: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """The new mask around the newest click ``[B, 1, 3]``, the one before far away from it; all of the new one after none."""
-        voxels = (before > 0.5).flatten(1).sum(1)
-        voxels = torch.where(voxels > 0, voxels.float(), torch.inf)
-        radius = (voxels * (3 / (4 * math.pi))) ** (1 / 3)  # of the ball as large as the mask before
-        deviation = (self.reach * radius)[:, None, None, None, None]
-        weight = torch.exp(-squared_distances(click, before.shape[2:]) / (2 * deviation**2))
-        return weight * after + (1 - weight) * before
 
     def _encode(self, prompts: Sequence[Prompt], grid: Grid, memory: torch.Tensor | None) -> EncodedPrompt:
         device = self._device
@@ -260,6 +256,16 @@ class TinySam3D(Promptable):
                 mask[row] = grid.put(prompt.mask.to(device).float()[None, None])[0]
         known = given.float() if memory is None else torch.ones(len(prompts), device=device)
         return EncodedPrompt(points, labels, boxes, mask, known)
+
+
+def _near_click(click: torch.Tensor, before: torch.Tensor, after: torch.Tensor, reach: float) -> torch.Tensor:
+    """The new mask around the newest click ``[B, 1, 3]``, the one before far away from it; all of the new one after none."""
+    voxels = (before > 0.5).flatten(1).sum(1)
+    voxels = torch.where(voxels > 0, voxels.float(), torch.inf)
+    radius = (voxels * (3 / (4 * math.pi))) ** (1 / 3)  # of the ball as large as the mask before
+    deviation = (reach * radius)[:, None, None, None, None]
+    weight = torch.exp(-squared_distances(click, before.shape[2:]) / (2 * deviation**2))
+    return weight * after + (1 - weight) * before
 
 
 def _clicks(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,6 +98,8 @@ class Pointwise(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, inputs, ...]`` to ``[B, outputs, ...]``."""
+        if x.is_contiguous(memory_format=torch.channels_last_3d):
+            return F.linear(x.permute(0, 2, 3, 4, 1), self.linear.weight, self.linear.bias).permute(0, 4, 1, 2, 3)
         y = torch.matmul(self.linear.weight, x.flatten(2)) + self.linear.bias[:, None]
         return y.reshape(len(x), -1, *x.shape[2:])
 
