@@ -1,7 +1,7 @@
 """Dice of a promptable model after simulated clicks: LA development cases, and synthetic volumes it was not trained on.
 
-    python benchmarks/foundation_clicks.py --dataset ../shared/la       # LA, cases 64 to 79
-    python benchmarks/foundation_clicks.py                              # the two synthetic sets
+    python benchmarks/foundation_clicks.py ../shared/la       # LA, cases 64 to 79
+    python benchmarks/foundation_clicks.py                    # the two synthetic sets
 
 LA is scored in its own voxels, zero-shot. The synthetic sets are `unseen` (the generator's setting kept apart: smaller, rougher,
 noisier things, fewer intensities) and `phantoms` (the chest-like scenes of the demo, another generator altogether). One JSON
@@ -62,7 +62,7 @@ def keep(name: str, result: ClickResult, foundation: str) -> None:
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, help="folder of LA")
+    parser.add_argument("dataset", type=Path, nargs="?", help="folder of LA; the synthetic sets without it")
     parser.add_argument("--foundation", default="tiny-sam3d")
     parser.add_argument("--count", type=int, default=16, help="volumes of each synthetic set")
     args = parser.parse_args()
