@@ -79,7 +79,7 @@ def foundation_clicks() -> str:
     for row in load("foundation_clicks"):
         mark = "" if row["code"] == now else f" {STALE}"
         line: dict[str, object] = {"data": names[row["set"]], "model": row["foundation"]}
-        line |= {f"{n} clicks": f"{100 * dice:.1f}{mark}" for n, dice in row["mean"].items()}
+        line |= {_clicks(n): f"{100 * dice:.1f}{mark}" for n, dice in row["mean"].items()}
         lines.append(line | {"targets": len(row["targets"]), "s/click": f"{row['seconds_click']:.3f}"})
     if not lines:
         return "Not measured yet."
@@ -90,7 +90,7 @@ def foundation_clicks() -> str:
         per_slice = "N" in count
         line = sources.setdefault(key, {"data": "LA, 20 test cases", "model": f"{model}, {key[1]}"})
         number = count.split()[0].replace("N", "") or "1"
-        line[f"{number} clicks"] = f"{published.dice:.1f}" + (" (a slice)" if per_slice else "")
+        line[_clicks(number)] = f"{published.dice:.1f}" + (" (a slice)" if per_slice else "")
     columns = list(lines[0])
     shown = [{c: line.get(c, "-") for c in columns} for line in [*lines, *sources.values()]]
     return markdown_table(shown, columns)
@@ -105,9 +105,9 @@ def foundation_cost() -> str:
             {
                 "model": row["model"],
                 "embed [s]": f"{row['embed']:.2f}" + ("" if row["code"] == now else f" {STALE}"),
-                "one prompt [s]": f"{row['prompt']:.3f}",
-                "ten prompts [s]": f"{row['ten_prompts']:.2f}",
-                "ten prompts / embed": f"{row['ten_over_embed']:.2f}",
+                "one prompt [s]": f"{row['prompt']:.3f}" if "prompt" in row else "-",
+                "ten prompts [s]": f"{row['ten_prompts']:.2f}" if "prompt" in row else "-",
+                "ten prompts / embed": f"{row['ten_over_embed']:.2f}" if "prompt" in row else "-",
                 "peak memory [MB]": f"{row['peak_mb']:.0f}",
             }
         )
@@ -133,6 +133,10 @@ def tiny_sam_tuning() -> str:
             }
         )
     return markdown_table(lines) if lines else "Not measured yet."
+
+
+def _clicks(number: str) -> str:
+    return "1 click" if number == "1" else f"{number} clicks"
 
 
 def _number(value: float | None) -> str:
