@@ -20,6 +20,9 @@ PACKAGE = ROOT / "src" / "scarceseg"
 TRAINING = ("functional", "methods", "networks", "data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/ema.py",
             "engine/seeds.py", "inference/sliding.py")  # fmt: skip
 
+# What tuning a small SAM on mosaics depends on.
+TUNING = tuple(f"foundation/{name}.py" for name in ("tiny_sam", "sam_tuned", "lora", "stitching", "sam"))
+
 
 def code_hash(parts: tuple[str, ...] = TRAINING) -> str:
     """Hash of the syntax trees of the named files and folders: layout, comments and docstrings do not change it."""

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, code_hash
+from common import RESULTS, ROOT, TUNING, code_hash
 from scarceseg.evaluation.tables import markdown_table, published_rows
 
 STALE = "†"
@@ -116,7 +116,7 @@ def foundation_cost() -> str:
 
 def tiny_sam_tuning() -> str:
     """Tuned `tiny-sam` beside the supervised V-Net with the same labelled volumes."""
-    now = code_hash(FOUNDATION_CODE)
+    now = code_hash(TUNING)
     vnet = {r["labels"]: r["dice"] for r in load("la_development") if r["method"] == "supervised"}
     lines = []
     for row in sorted(load("tiny_sam_tuning"), key=lambda r: (r["labels"], r["settings"]["strategy"])):

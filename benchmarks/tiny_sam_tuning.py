@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from common import provenance, save
+from common import TUNING, provenance, save
 from scarceseg.data.dataset import Case, load_dataset
 from scarceseg.data.images import read_label, read_volume
 from scarceseg.data.plan import Plan, resampling_plan
@@ -28,7 +28,6 @@ from scarceseg.foundation import Tunable, Tuning
 from scarceseg.foundation.load import load_foundation
 from scarceseg.functional.losses import segmentation_loss
 
-CODE = tuple(f"foundation/{name}.py" for name in ("tiny_sam", "sam_tuned", "lora", "stitching", "sam"))
 VAL = range(64, 80)
 Volume = tuple[np.ndarray, np.ndarray]
 
@@ -139,7 +138,7 @@ def main() -> None:
         if args.name:
             settings: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("dataset", "labels", "name")}
             result = {"labels": count, "settings": settings, "mean": mean, "cases": scores, "minutes": minutes}
-            result |= {"last_loss": float(np.mean(losses[-20:])), **provenance(CODE)}
+            result |= {"last_loss": float(np.mean(losses[-20:])), **provenance(TUNING)}
             save(f"tiny_sam_tuning/{args.name}_{count}", result)
 
 
