@@ -346,10 +346,11 @@ def _config(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit status 0 done, 2 bad input or usage, 130 interrupted, 1 our fault."""
-    sys.exit(_guarded(lambda: app(arguments, standalone_mode=True)))
+    sys.exit(guarded(lambda: app(arguments, standalone_mode=True)))
 
 
-def _guarded(call: Callable[[], Any]) -> int:
+def guarded(call: Callable[[], Any]) -> int:
+    """Call, and turn what a user can mend into one line on stderr and an exit status."""
     try:
         call()
     except ScarceSegError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scarceseg.cli import _guarded
+from scarceseg.cli import guarded
 from scarceseg.errors import RunError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _signals() -> Iterator[list[int]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exit status as of `scarceseg`."""
-    sys.exit(_guarded(lambda: app(arguments)))
+    sys.exit(guarded(lambda: app(arguments)))
 
 
 if __name__ == "__main__":
