@@ -20,16 +20,28 @@ PACKAGE = ROOT / "src" / "scarceseg"
 TRAINING = ("functional", "methods", "networks", "data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/ema.py",
             "engine/seeds.py", "inference/sliding.py")  # fmt: skip
 
-# What tuning a small SAM on mosaics depends on.
-TUNING = tuple(f"foundation/{name}.py" for name in ("tiny_sam", "sam_tuned", "lora", "stitching", "sam"))
+# What tuning tiny-sam on mosaics depends on, and what clicks on tiny-sam3d do: the weights are part of it.
+TUNING = (
+    *(f"foundation/{name}.py" for name in ("tiny_sam", "sam_tuned", "lora", "stitching", "sam")),
+    "foundation/weights_data/tiny_sam.safetensors",
+)
+CLICKS = (
+    *(f"foundation/{name}.py" for name in ("base", "clicks", "tiny_sam3d", "tiny_sam3d_net")),
+    "foundation/weights_data/tiny_sam3d.safetensors",
+    "benchmark",
+    "pretrain/volumes.py",
+)
 
 
 def code_hash(parts: tuple[str, ...] = TRAINING) -> str:
-    """Hash of the syntax trees of the named files and folders: layout, comments and docstrings do not change it."""
+    """Hash of the named files and folders: code by its syntax tree (comments and docstrings do not count), weights by bytes."""
     digest = hashlib.sha256()
     for part in parts:
         path = PACKAGE / part
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            if file.suffix != ".py":
+                digest.update(file.read_bytes())
+                continue
             tree = ast.parse(file.read_text(encoding="utf-8"))
             for node in ast.walk(tree):
                 body = getattr(node, "body", None)

@@ -5,7 +5,7 @@
 
 LA is scored in its own voxels, zero-shot. The synthetic sets are `unseen` (the generator's setting kept apart: smaller, rougher,
 noisier things, fewer intensities) and `phantoms` (the chest-like scenes of the demo, another generator altogether). One JSON
-each goes to results/foundation_clicks.
+each goes to results/foundation_clicks. `--reach 0` measures tiny-sam3d with late clicks that may change everything.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import provenance, save
+from common import CLICKS, provenance, save
 from scarceseg.benchmark.clicks import ClickResult, benchmark_clicks, print_clicks
 from scarceseg.data.geometry import CANONICAL_DIRECTION
 from scarceseg.data.images import write_image
 from scarceseg.data.phantoms import PhantomConfig, write_phantom_dataset
+from scarceseg.foundation import FOUNDATIONS
+from scarceseg.foundation.models.tiny_sam3d import build_tiny_sam3d
 from scarceseg.pretrain.volumes import UNSEEN, draw_target, make_volume
 from scarceseg.types import Geometry
 
-CODE = ("foundation", "benchmark", "pretrain/volumes.py")
 LA_CASES = ("la_06[4-9]", "la_07*")
 
 
@@ -54,9 +56,9 @@ def unseen(folder: Path, count: int, seed: int) -> None:
 def keep(name: str, result: ClickResult, foundation: str) -> None:
     """Save one result."""
     print_clicks(result)
-    values = json.loads(result.to_json()) | {"set": name, "foundation": foundation} | provenance(CODE)
+    values = json.loads(result.to_json()) | {"set": name, "foundation": foundation} | provenance(CLICKS)
     values["dataset"] = name
-    save(f"foundation_clicks/{name}_{foundation}", values)
+    save(f"foundation_clicks/{name}_{foundation.replace(', ', '_').replace(' ', '_')}", values)
 
 
 def main() -> None:
@@ -65,7 +67,11 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, nargs="?", help="folder of LA; the synthetic sets without it")
     parser.add_argument("--foundation", default="tiny-sam3d")
     parser.add_argument("--count", type=int, default=16, help="volumes of each synthetic set")
+    parser.add_argument("--reach", type=float, help="option of tiny-sam3d; the default is the model's own")
     args = parser.parse_args()
+    if args.reach is not None:
+        args.foundation = f"tiny-sam3d, reach {args.reach:g}"
+        FOUNDATIONS.register(args.foundation)(partial(build_tiny_sam3d, reach=args.reach))
     torch.set_num_threads(max(torch.get_num_threads(), 1))
     if args.dataset is not None:
         keep("la", benchmark_clicks(args.dataset, args.foundation, cases=LA_CASES, show=True), args.foundation)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, TUNING, code_hash
+from common import CLICKS, RESULTS, ROOT, TUNING, code_hash
 from scarceseg.evaluation.tables import markdown_table, published_rows
 
 STALE = "†"
@@ -67,13 +67,12 @@ def step_speed() -> str:
     return markdown_table(lines) if lines else "Not measured yet."
 
 
-CLICK_CODE = ("foundation", "benchmark", "pretrain/volumes.py")
 FOUNDATION_CODE = ("foundation",)
 
 
 def foundation_clicks() -> str:
     """Dice after 1, 2, 5, 10 clicks, with the published rows of LA beside ours."""
-    now = code_hash(CLICK_CODE)
+    now = code_hash(CLICKS)
     names = {"la": "LA, cases 64-79", "unseen": "synthetic, unseen setting", "phantoms": "phantoms, 6 classes"}
     lines: list[dict[str, object]] = []
     for row in load("foundation_clicks"):

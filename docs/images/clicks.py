@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from sheet import save_sheet
 
 from scarceseg.data.phantoms import PhantomConfig, make_phantom
 from scarceseg.foundation import Promptable
@@ -51,16 +52,7 @@ def main() -> None:
             )
             clicks = "1 click" if turn == 1 else f"{turn} clicks"
             rows[f"{clicks}: Dice {100 * dice:.0f} %"] = Image.open(io.BytesIO(png)).convert("RGB")
-    font, height = ImageFont.load_default(16), 28
-    sheet = Image.new(
-        "RGB", (max(p.width for p in rows.values()), sum(p.height + height for p in rows.values())), "white"
-    )
-    top = 0
-    for words, picture in rows.items():
-        ImageDraw.Draw(sheet).text((4, top + 5), words, fill="black", font=font)
-        sheet.paste(picture, (0, top + height))
-        top += height + picture.height
-    sheet.save(Path(__file__).with_name("clicks.png"), optimize=True)
+    save_sheet(rows, Path(__file__).with_name("clicks.png"))
 
 
 if __name__ == "__main__":

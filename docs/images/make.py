@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from sheet import save_sheet
 
 from scarceseg.data.images import read_image
 from scarceseg.report import overlay_png
@@ -30,16 +31,7 @@ def main() -> None:
     summary = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
     case = sorted(path.name.removesuffix(".nii.gz") for path in (demo / "data" / "labelsTs").glob("*.nii.gz"))[0]
     rows = {method: row(demo, method, case) for method in summary}
-    font = ImageFont.load_default(16)
-    height = 28
-    width = max(picture.width for picture in rows.values())
-    sheet = Image.new("RGB", (width, sum(picture.height + height for picture in rows.values())), "white")
-    top = 0
-    for method, picture in rows.items():
-        ImageDraw.Draw(sheet).text((4, top + 5), method, fill="black", font=font)
-        sheet.paste(picture, (0, top + height))
-        top += height + picture.height
-    sheet.save(Path(__file__).with_name("demo.png"), optimize=True)
+    save_sheet(rows, Path(__file__).with_name("demo.png"))
 
 
 if __name__ == "__main__":
