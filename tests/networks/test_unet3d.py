@@ -40,8 +40,9 @@ def test_default_is_instance_norm_and_batch_norm_means_batch_norm() -> None:
     assert sum(isinstance(m, nn.InstanceNorm3d) for m in default.modules()) == 18
     assert sum(isinstance(m, nn.BatchNorm3d) for m in batch.modules()) == 18
     x = torch.randn(2, 1, 32, 16, 16)
-    alone = torch.cat([default.eval()(x[:1]), default(x[1:])])
-    torch.testing.assert_close(default(x), alone, rtol=1e-3, atol=1e-4)  # no cross-talk between the rows of a batch
+    exact = default.double().eval()  # two voxels at the bottleneck: instance norm magnifies the rounding of single precision
+    alone = torch.cat([exact(x[:1].double()), exact(x[1:].double())])
+    torch.testing.assert_close(exact(x.double()), alone)  # no cross-talk between the rows of a batch
     batch(x)
     assert batch.get_buffer("conv1.conv1.1.running_mean").abs().sum() > 0
 
