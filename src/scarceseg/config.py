@@ -45,7 +45,8 @@ class OptimConfig(Section):
     """Optimiser and learning-rate schedule (UA-MT recipe by default).
 
     `schedule`: "step" multiplies by `gamma` every `step` iterations (None: 2500/6000 of the run's length, as published);
-    "poly" is ``lr * (1 - t/T) ** power``; "constant".
+    "poly" is ``lr * (1 - t/T) ** power``; "constant". `warmup`: iterations over which the learning rate rises linearly
+    from zero. `clip_norm`: largest norm of the gradient over all parameters; None does not clip.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -56,6 +57,8 @@ class OptimConfig(Section):
     step: int | None = None
     gamma: float = 0.1
     power: float = 0.9
+    warmup: int = Field(0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
 
 
 class Config(Section):

@@ -93,6 +93,9 @@ class Step:
         logits_l: student output on the labelled rows ``[L, K, X, Y, Z]``.
         logits_u: student output on the unlabelled rows ``[U, K, X, Y, Z]``, or None.
         extra: student output on the rows a term added through ``extra_inputs``, by term name.
+        encoded, decoded: what the student's encoder and decoder gave for the same rows, lists from the finest to the
+            coarsest level; keys are "labelled", "unlabelled" and the names in `extra`. Empty unless a term of the run
+            asks for them (``Term.shares_features``).
         generator: seeded generator on the tensors' device; all randomness of a term comes from it.
     """
 
@@ -104,3 +107,5 @@ class Step:
     logits_u: Logits | None
     generator: torch.Generator
     extra: dict[str, Logits] = field(default_factory=dict)
+    encoded: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    decoded: dict[str, list[torch.Tensor]] = field(default_factory=dict)

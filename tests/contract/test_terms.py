@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import nn
 
 from scarceseg.config import OptimConfig
-from scarceseg.engine.loop import build_optimizer, forward_step, train_step
+from scarceseg.engine.loop import as_called, build_optimizer, forward_step, train_step
 from scarceseg.methods import METHODS, Term, build_terms
+from scarceseg.methods.base import Parts
 from scarceseg.networks import build_network
 from scarceseg.types import Labelled, Step, Unlabelled
 
@@ -18,8 +19,21 @@ NAMES = METHODS.names()
 PATCH = (32, 32, 16)
 
 
+def fields_of(name: str, classes: int, rows: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random maps of the kinds a term reads, as its stages would leave them."""
+    maps = {}
+    for key, kind in build_terms(name, {}, classes)[name].field_kinds.items():
+        if kind == "label":
+            maps[key] = torch.randint(0, classes, (rows, *PATCH), generator=g).to(torch.uint8)
+        elif kind == "probability":
+            maps[key] = torch.randn(rows, classes, *PATCH, generator=g).softmax(1).half()
+        else:
+            maps[key] = torch.rand(rows, *PATCH, generator=g)
+    return maps
+
+
 def batch(
-    classes: int = 2, rows_l: int = 2, rows_u: int = 2, channels: int = 1, seed: int = 0
+    name: str, classes: int = 2, rows_l: int = 2, rows_u: int = 2, channels: int = 1, seed: int = 0
 ) -> tuple[Labelled, Unlabelled]:
     g = torch.Generator().manual_seed(seed)
     shape = (channels, *PATCH)
@@ -28,7 +42,9 @@ def batch(
         torch.randint(0, classes, (rows_l, *shape[1:]), generator=g),
         tuple(f"l{i}" for i in range(rows_l)),
     )
-    return labelled, Unlabelled(torch.randn(rows_u, *shape, generator=g), tuple(f"u{i}" for i in range(rows_u)))
+    image = torch.randn(rows_u, *shape, generator=g)
+    names = tuple(f"u{i}" for i in range(rows_u))
+    return labelled, Unlabelled(image, names, fields_of(name, classes, rows_u, g))
 
 
 def setup(name: str, classes: int = 2, channels: int = 1) -> tuple[nn.Module, dict[str, Term]]:
@@ -50,14 +66,25 @@ def generator(seed: int = 5) -> torch.Generator:
 
 
 def step_of(student: nn.Module, terms: dict[str, Term], data: tuple[Labelled, Unlabelled], t: int = 95) -> Step:
-    return forward_step(student, terms, *data, t, 100, generator())
+    return forward_step(as_called(student, terms), terms, *data, t, 100, generator())
+
+
+def total(loss: torch.Tensor | Parts) -> torch.Tensor:
+    return loss.ramped + loss.fixed if isinstance(loss, Parts) else loss
+
+
+def ramped(loss: torch.Tensor | Parts) -> torch.Tensor:
+    return loss.ramped if isinstance(loss, Parts) else loss
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("classes", "rows_l", "rows_u", "channels"), [(2, 2, 2, 1), (4, 1, 2, 1), (3, 2, 1, 2)])
 def test_finite_scalar_for_any_split(name: str, classes: int, rows_l: int, rows_u: int, channels: int) -> None:
     student, terms = setup(name, classes, channels)
-    loss = terms[name].loss(step_of(student, terms, batch(classes, rows_l, rows_u, channels)))
+    value = terms[name].loss(step_of(student, terms, batch(name, classes, rows_l, rows_u, channels)))
+    if isinstance(value, Parts):
+        assert all(part.shape == () and float(part.detach()) >= 0 for part in value)
+    loss = total(value)
     assert loss.shape == () and torch.isfinite(loss)
     assert float(loss.detach()) >= 0
 
@@ -65,13 +92,13 @@ def test_finite_scalar_for_any_split(name: str, classes: int, rows_l: int, rows_
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_the_student(name: str) -> None:
     student, terms = setup(name)
-    data = batch()
+    data = batch(name)
     # After an update the teacher is no longer the student, so that a term comparing the two has something to say.
     optimizer = build_optimizer(OptimConfig(lr=0.1), student, terms)
-    train_step(student, student, terms, optimizer, data, 3, 100, generator())
+    train_step(as_called(student, terms), student, terms, optimizer, data, 3, 100, generator())
     step = step_of(student, terms, data)
     assert step.logits_u is not None
-    terms[name].loss(step).backward()
+    ramped(terms[name].loss(step)).backward()
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     assert sum(float(g.abs().sum()) for g in gradients) > 0
 
@@ -79,21 +106,22 @@ def test_gradient_reaches_the_student(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if "unlabelled" in METHODS.get(n).reads])
 def test_gradient_on_unlabelled_voxels(name: str) -> None:
     student, terms = setup(name)
-    data = batch()
+    data = batch(name)
     optimizer = build_optimizer(OptimConfig(lr=0.1), student, terms)
-    train_step(student, student, terms, optimizer, data, 3, 100, generator())
-    step = step_of(student, terms, data)
-    assert step.logits_u is not None
-    step.logits_u.retain_grad()
-    terms[name].loss(step).backward()
-    assert step.logits_u.grad is not None and float(step.logits_u.grad.abs().sum()) > 0
+    train_step(as_called(student, terms), student, terms, optimizer, data, 3, 100, generator())
+    labelled, unlabelled = data
+    image = unlabelled.image.requires_grad_()
+    step = step_of(student, terms, (labelled, replace(unlabelled, image=image)))
+    total(terms[name].loss(step)).backward()
+    # The way from the loss to the unlabelled image leads through the student or a head of the term's own.
+    assert image.grad is not None and float(image.grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_but_the_student_and_own_heads_is_trained(name: str) -> None:
     student, terms = setup(name)
     own = {id(p) for p in terms[name].trainable_parameters()}
-    terms[name].loss(step_of(student, terms, batch())).backward()
+    total(terms[name].loss(step_of(student, terms, batch(name)))).backward()
     for key, parameter in terms[name].named_parameters():
         if id(parameter) not in own:
             assert parameter.grad is None, f"{key} is frozen and got a gradient"
@@ -102,7 +130,7 @@ def test_nothing_but_the_student_and_own_heads_is_trained(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if "unlabelled" not in METHODS.get(n).reads])
 def test_terms_without_unlabelled_rows_ignore_them(name: str) -> None:
     student, terms = setup(name)
-    labelled, _ = batch()
+    labelled, _ = batch(name)
     step = forward_step(student, terms, labelled, None, 0, 100, generator())
     assert torch.isfinite(terms[name].loss(step))
 
@@ -115,15 +143,15 @@ def test_unlabelled_rows_have_no_label() -> None:
 def test_saved_and_resumed_terms_give_the_same_next_loss(name: str) -> None:
     student, terms = setup(name)
     optimizer = build_optimizer(OptimConfig(), student, terms)
-    train_step(student, student, terms, optimizer, batch(seed=1), 3, 100, generator())
+    train_step(as_called(student, terms), student, terms, optimizer, batch(name, seed=1), 3, 100, generator())
     states = {key: {k: v.clone() for k, v in term.state_dict().items()} for key, term in terms.items()}
     weights = {k: v.clone() for k, v in student.state_dict().items()}
-    expected = terms[name].loss(step_of(student, terms, batch(seed=2)))
+    expected = total(terms[name].loss(step_of(student, terms, batch(name, seed=2))))
     other, others = setup(name)
     other.load_state_dict(weights)
     for key, term in others.items():
         term.load_state_dict(states[key])
-    assert torch.equal(others[name].loss(step_of(other, others, batch(seed=2))), expected)
+    assert torch.equal(total(others[name].loss(step_of(other, others, batch(name, seed=2)))), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,7 +164,7 @@ def test_randomness_comes_from_the_seeds(name: str) -> None:
         student.load_state_dict(weights)
         for key, term in terms.items():
             term.load_state_dict(states[key])
-        losses.append(terms[name].loss(step_of(student, terms, batch())))
+        losses.append(total(terms[name].loss(step_of(student, terms, batch(name)))))
     assert torch.equal(*losses)
 
 

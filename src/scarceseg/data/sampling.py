@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,12 @@ class PatchSampler:
         self.rank = rank
         self.processes = processes
         self._foreground_voxels: dict[str, NDArray[np.int64]] = {}
+
+    def set_fields(self, fields: Mapping[str, Mapping[str, Array]]) -> None:
+        """Other maps for the unlabelled cases, by case; batches made from now on have them."""
+        self.sources["unlabelled"] = [
+            replace(source, fields=fields.get(source.name)) for source in self.sources["unlabelled"]
+        ]
 
     def batch(self, iteration: int) -> tuple[Labelled, Unlabelled | None]:
         """Labelled and unlabelled rows of one iteration, as CPU tensors."""

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from scarceseg.config import OptimConfig
-from scarceseg.data.sampling import PatchSampler
 from scarceseg.engine.checkpoint import load_checkpoint, save_checkpoint
 from scarceseg.engine.logging import RunLog
 from scarceseg.engine.seeds import seed_step
 from scarceseg.engine.selftest import to_memory_format
-from scarceseg.errors import Interrupted, RunError
+from scarceseg.errors import DataError, Interrupted, RunError
+from scarceseg.foundation.base import TunedModel
 from scarceseg.functional.ramps import poly_lr, step_lr
-from scarceseg.methods.base import Term
+from scarceseg.methods.base import Parts, Term
+from scarceseg.networks.base import WithFeatures, require_halves
 from scarceseg.types import ImageBatch, Labelled, Step, Unlabelled
 
 
@@ -42,12 +43,14 @@ class LoopTask:
         checkpoint_every, log_every: iterations.
         memory_format: "contiguous" or "channels_last_3d".
         after_step: called with the number of finished iterations, for validation.
+        rounds: iterations before which `on_round` is called with them; no later batch is made before that.
+        on_round: makes new fields; called again for the rounds that lie before a resumed iteration.
     """
 
     stage: str
     student: nn.Module
     terms: Mapping[str, Term]
-    sampler: PatchSampler
+    sampler: BatchSource
     optim: OptimConfig
     iterations: int
     seed: int
@@ -56,10 +59,24 @@ class LoopTask:
     log_every: int = 10
     memory_format: str = "contiguous"
     after_step: Callable[[int], None] | None = None
+    rounds: Sequence[int] = ()
+    on_round: Callable[[int], None] | None = None
+
+
+class BatchSource(Protocol):
+    """What makes the batches of a stage: a pure function of the iteration."""
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[Labelled, Unlabelled | None]]:
+        """Batches of the iterations ``start .. stop - 1``."""
+        ...
 
 
 def learning_rate(optim: OptimConfig, iteration: int, total: int) -> float:
     """Learning rate of iteration t; the published step of 2500 in 6000 is kept in proportion for another T."""
+    return _schedule(optim, iteration, total) * min(1.0, (iteration + 1) / max(optim.warmup, 1))
+
+
+def _schedule(optim: OptimConfig, iteration: int, total: int) -> float:
     if optim.schedule == "step":
         step = optim.step or max(round(total * 2500 / 6000), 1)
         return step_lr(iteration, optim.lr, step, optim.gamma)
@@ -78,8 +95,22 @@ def build_optimizer(optim: OptimConfig, student: nn.Module, terms: Mapping[str, 
     return torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
 
 
+Called = Callable[[torch.Tensor], Any]
+"""A student as `as_called` gives it: logits, or logits with the features of both halves."""
+
+
+def as_called(student: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
+    """The student, or one that also hands out its features where a term shares them.
+
+    Raises:
+        ConfigError: a term shares features and the network has no encoder and decoder.
+    """
+    asking = [name for name, term in terms.items() if term.shares_features]
+    return WithFeatures(require_halves(student, asking[0])) if asking else student
+
+
 def forward_step(
-    model: Callable[[torch.Tensor], torch.Tensor],
+    model: Called,
     terms: Mapping[str, Term],
     labelled: Labelled,
     unlabelled: Unlabelled | None,
@@ -96,22 +127,35 @@ def forward_step(
         if extra is not None:
             parts[f"extra/{name}"] = extra
     images = list(parts.values())
-    output = model(torch.cat(images) if len(images) > 1 else images[0]).float()
-    logits = dict(zip(parts, output.split([len(x) for x in images]), strict=True))
+    output = model(torch.cat(images) if len(images) > 1 else images[0])
+    logits, *halves = output if isinstance(output, tuple) else (output,)
+
+    def by_part(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        names = [key.removeprefix("extra/") for key in parts]
+        return dict(zip(names, rows.split([len(x) for x in images]), strict=True))
+
+    def by_level(levels: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        split = [by_part(level) for level in levels]
+        return {name: [level[name] for level in split] for name in split[0]}
+
+    logits_of = by_part(logits.float())
+    encoded, decoded = (by_level(half) for half in halves) if halves else ({}, {})
     return Step(
         iteration=iteration,
         total=total,
         labelled=labelled,
         unlabelled=unlabelled,
-        logits_l=logits["labelled"],
-        logits_u=logits.get("unlabelled"),
+        logits_l=logits_of.pop("labelled"),
+        logits_u=logits_of.pop("unlabelled", None),
         generator=generator,
-        extra={key.removeprefix("extra/"): value for key, value in logits.items() if key.startswith("extra/")},
+        extra=logits_of,
+        encoded=encoded,
+        decoded=decoded,
     )
 
 
 def train_step(
-    model: Callable[[torch.Tensor], torch.Tensor],
+    model: Called,
     student: nn.Module,
     terms: Mapping[str, Term],
     optimizer: torch.optim.Optimizer,
@@ -121,22 +165,29 @@ def train_step(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    clip_norm: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """One optimisation step: forward, sum of terms, backward, update, EMA.
 
     Args:
         model: the student as it is called (wrapped for precision or several processes).
         student: the same network, bare.
+        clip_norm: largest norm of the gradient; None does not clip.
 
     Returns:
-        Detached scalars: ``loss`` and ``loss/<term>`` (raw), ``weight/<term>``.
+        Detached scalars: ``loss`` and ``loss/<term>`` (raw), ``weight/<term>``, and ``own/<term>`` for what a term adds
+        outside its weight.
     """
     with autocast():
         step = forward_step(model, terms, *batch, iteration, total, generator)
-        raw = {name: term.loss(step) for name, term in terms.items()}
+        losses = {name: term.loss(step) for name, term in terms.items()}
+    own = {name: loss.fixed for name, loss in losses.items() if isinstance(loss, Parts)}
+    raw = {name: loss.ramped if isinstance(loss, Parts) else loss for name, loss in losses.items()}
     weights = {name: term.weight(iteration, total) for name, term in terms.items()}
-    loss = torch.stack([weights[name] * raw[name] for name in terms]).sum()
+    loss = torch.stack([*(weights[name] * raw[name] for name in terms), *own.values()]).sum()
     backward(loss)
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -146,7 +197,7 @@ def train_step(
     for name in terms:
         report[f"loss/{name}"] = raw[name].detach()
         report[f"weight/{name}"] = torch.tensor(weights[name])
-    return report
+    return report | {f"own/{name}": value.detach() for name, value in own.items()}
 
 
 def place(
@@ -170,6 +221,23 @@ def place(
     return labelled, unlabelled
 
 
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: of a tuned foundation model only the tuned part."""
+    return network.tuned_state() if isinstance(network, TunedModel) else network.state_dict()
+
+
+def load_weights(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put back what `weights_of` gave.
+
+    Raises:
+        RuntimeError, DataError: it is of another network.
+    """
+    if isinstance(network, TunedModel):
+        network.load_tuned_state(state)
+    else:
+        network.load_state_dict(state)
+
+
 class Loop:
     """Runs a `LoopTask` from its checkpoint, or from the start, to its end.
 
@@ -187,14 +255,14 @@ class Loop:
         for term in task.terms.values():
             term.train()
         self.optimizer = build_optimizer(task.optim, task.student, task.terms)
-        self.model, self.wrapped = fabric.setup(self.student, self.optimizer)
+        self.model, self.wrapped = fabric.setup(as_called(self.student, task.terms), self.optimizer)
         self.generator = torch.Generator(device=fabric.device)
 
     def state(self, iteration: int) -> dict[str, Any]:
         """Everything a resumed run needs: weights, teachers, momentum, iteration."""
         return {
             "iteration": iteration,
-            "student": self.student.state_dict(),
+            "student": weights_of(self.student),
             "terms": {name: term.state_dict() for name, term in self.task.terms.items()},
             "optimizer": self.optimizer.state_dict(),
         }
@@ -205,11 +273,11 @@ class Loop:
             return 0
         state = load_checkpoint(self.task.checkpoint)
         try:
-            self.student.load_state_dict(state["student"])
+            load_weights(self.student, state["student"])
             for name, term in self.task.terms.items():
                 term.load_state_dict(state["terms"][name])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, DataError) as error:
             raise RunError(
                 f"{self.task.checkpoint} does not fit this network or method: {str(error).splitlines()[0]}; "
                 "resume with the settings the run was started with"
@@ -229,33 +297,44 @@ class Loop:
         self.student.train()
         finished, saved = start, start
         since = time.perf_counter()
-        batches = task.sampler.batches(start, task.iterations)
+        rounds = [number for number in task.rounds if number < task.iterations]
+        self._refresh([number for number in rounds if number <= start])
+        ends = [*(number for number in rounds if number > start), task.iterations]
         with self.log.progress(task.stage, start, task.iterations) as progress:
-            for iteration, batch in zip(range(start, task.iterations), batches, strict=False):
-                lr = learning_rate(task.optim, iteration, task.iterations)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-                seed_step(task.seed, iteration, self.generator, self.fabric.global_rank)
-                values = self._step(batch, iteration)
-                finished = iteration + 1
-                if iteration % task.log_every == 0 or finished == task.iterations:
-                    seconds, since = time.perf_counter() - since, time.perf_counter()
-                    self._record(iteration, values, lr, seconds)
-                    progress.update(finished, float(values["loss"]))
-                else:
-                    progress.update(finished)
-                if task.after_step is not None:
-                    task.after_step(finished)
-                    self.student.train()
-                if finished % task.checkpoint_every == 0 or finished == task.iterations:
-                    self.save(finished)
-                    saved = finished
-                if self.stop() and finished < task.iterations:
-                    if saved != finished:
+            for end in ends:
+                for iteration, batch in enumerate(task.sampler.batches(finished, end), finished):
+                    lr = learning_rate(task.optim, iteration, task.iterations)
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = lr
+                    seed_step(task.seed, iteration, self.generator, self.fabric.global_rank)
+                    values = self._step(batch, iteration)
+                    finished = iteration + 1
+                    if iteration % task.log_every == 0 or finished == task.iterations:
+                        seconds, since = time.perf_counter() - since, time.perf_counter()
+                        self._record(iteration, values, lr, seconds)
+                        progress.update(finished, float(values["loss"]))
+                    else:
+                        progress.update(finished)
+                    if task.after_step is not None:
+                        task.after_step(finished)
+                        self.student.train()
+                    if finished % task.checkpoint_every == 0 or finished == end:
                         self.save(finished)
-                    raise Interrupted(
-                        f"stopped after iteration {finished} of {task.iterations}; --resume goes on from there"
-                    )
+                        saved = finished
+                    if self.stop() and finished < task.iterations:
+                        if saved != finished:
+                            self.save(finished)
+                        raise Interrupted(
+                            f"stopped after iteration {finished} of {task.iterations}; --resume goes on from there"
+                        )
+                if end < task.iterations:
+                    self._refresh([end])
+
+    def _refresh(self, rounds: Sequence[int]) -> None:
+        if self.task.on_round is not None:
+            for number in rounds:
+                self.task.on_round(number)
+            self.student.train()
 
     def _step(self, batch: tuple[Labelled, Unlabelled | None], iteration: int) -> dict[str, torch.Tensor]:
         return train_step(
@@ -269,6 +348,7 @@ class Loop:
             self.generator,
             self.fabric.autocast,
             self.fabric.backward,
+            self.task.optim.clip_norm,
         )
 
     def _record(self, iteration: int, values: dict[str, torch.Tensor], lr: float, seconds: float) -> None:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from scarceseg.config import Config
 from scarceseg.data.dataset import Dataset, Split, load_dataset, make_split
 from scarceseg.data.plan import Plan, fingerprint, make_plan
 from scarceseg.data.prepare import PreparedCase, prepare_cases
-from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.folder import environment, open_run, read_json, timed_stage, write_json
 from scarceseg.engine.logging import Display, RunLog
@@ -27,6 +25,7 @@ from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.seeds import seed_init
 from scarceseg.engine.selftest import choose
 from scarceseg.engine.validation import Validation, finish
+from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import RunError
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms
@@ -64,12 +63,13 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     """
     folder = Path(out)
     method_terms = build_terms(config.method, config.terms, classes=2)  # names and options are checked before any work
+    config = _with_foundation(config, method_terms)
     dataset = load_dataset(Path(config.dataset))
     split = make_split(dataset, config.labeled, config.val)
     divisor = divisor_of(config.network.name, config.network.args)
     resumed = open_run(folder, config, resume)
     with _stop_signals() as stop:
-        warnings = [*split.warnings, *_useless(config)]
+        warnings = [*split.warnings, *_useless(config, method_terms)]
         with timed_stage(folder, "prepare"):
             plan = _plan(config, dataset, split, folder, divisor, resumed)
             warnings += plan.warnings
@@ -78,17 +78,27 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
                     split.labelled, split.unlabelled, plan, cache, lambda done, _, name: display.update(done, note=name)
                 )
         terms = _terms(config, method_terms, split, plan, warnings)
-        _train_stage(config, folder, split, plan, cases, terms, stop, cache)
+        _train_stage(config, folder, split, plan, cases, terms, stop, cache, warnings)
         write_json(folder / "warnings.json", warnings)
         build_report(folder)
     evaluation = read_json(folder / "evaluation.json", None)
     return RunResult(folder, evaluation, tuple(warnings))
 
 
-def _useless(config: Config) -> list[str]:
+DEFAULT_FOUNDATION = "tiny-sam"
+
+
+def _with_foundation(config: Config, terms: dict[str, Term]) -> Config:
+    """The config with the foundation model written out that its terms will use when none is named."""
+    using = any(term.uses_foundation for term in terms.values())
+    named = config.foundation or (DEFAULT_FOUNDATION if using else None)
+    return config.model_copy(update={"foundation": named})
+
+
+def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
     """Settings of this run that change nothing."""
     found = []
-    if config.foundation is not None:
+    if config.foundation is not None and not any(term.uses_foundation for term in terms.values()):
         found.append(
             f"foundation {config.foundation!r} changes nothing: no term of {config.method!r} uses a foundation model"
         )
@@ -134,24 +144,59 @@ def _train_stage(
     terms: dict[str, Term],
     stop: Callable[[], bool],
     cache: Path | None,
+    warnings: list[str],
 ) -> None:
     seed_init(config.seed)
     student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
     fabric, precision, memory_format = _fabric(config, folder, student, plan)
     student.to(fabric.device)
-    for term in terms.values():
-        term.attach(student)
-        term.to(fabric.device)
+    log = RunLog(folder, fabric.is_global_zero)
+    work = Workspace(
+        run=folder,
+        config=config,
+        plan=plan,
+        labelled=[cases[c.name] for c in split.labelled],
+        unlabelled=[cases[c.name] for c in split.unlabelled],
+        fabric=fabric,
+        memory_format=memory_format,
+        log=log,
+        stop=stop,
+        warnings=warnings,
+        cache=cache,
+    )
     for name, term in terms.items():
         for stage in term.stages():
-            _offline_stage(folder, f"{name}-{stage}", partial(term.prepare, stage))
-    log = RunLog(folder, fabric.is_global_zero)
+            _offline_stage(work, name, term, stage)
+    for term in terms.values():
+        term.initialise(student, work)
+    for name, term in terms.items():
+        torch.manual_seed(work.seed(f"{name}-attach"))
+        term.attach(student)
+        term.to(fabric.device)
+    sampler = patch_sampler(
+        config,
+        plan,
+        work.labelled,
+        work.unlabelled,
+        fabric,
+        config.seed,
+        _fields(work, terms),
+        _needs_unlabelled(terms),
+    )
+
+    def on_round(iteration: int) -> None:
+        for name, term in terms.items():
+            if iteration in term.rounds(config.iterations):
+                with timed_stage(folder, f"{name}-refresh"):
+                    term.refresh(iteration, student, work)
+        sampler.set_fields(_fields(work, terms))
+
     validation = Validation(config, split.val, plan, folder, log, fabric, cache)
     task = LoopTask(
         stage="train",
         student=student,
         terms=terms,
-        sampler=_sampler(config, split, plan, cases, terms, fabric),
+        sampler=sampler,
         optim=config.optim,
         iterations=config.iterations,
         seed=config.seed,
@@ -160,6 +205,8 @@ def _train_stage(
         log_every=config.log_every,
         memory_format=memory_format,
         after_step=validation.hook(student),
+        rounds=sorted({number for term in terms.values() for number in term.rounds(config.iterations)}),
+        on_round=on_round,
     )
     try:
         with timed_stage(folder, "train"):
@@ -182,15 +229,29 @@ def _train_stage(
         finish(folder, split, config.device)
 
 
-def _offline_stage(folder: Path, stage: str, work: Callable[[Path], None]) -> None:
-    target = folder / "stages" / stage
-    done = target / "done"
-    if done.exists():
+def _offline_stage(work: Workspace, name: str, term: Term, stage: str) -> None:
+    target = work.folder(name, stage)
+    if (target / "done").exists():
         return
     target.mkdir(parents=True, exist_ok=True)
-    with timed_stage(folder, stage):
-        work(target)
-    write_text(done, "")
+    with timed_stage(work.run, target.name):
+        term.prepare(stage, work)
+    work.fabric.barrier()
+    write_text(target / "done", "")
+
+
+def _needs_unlabelled(terms: dict[str, Term]) -> bool:
+    return any("unlabelled" in term.reads for term in terms.values())
+
+
+def _fields(work: Workspace, terms: dict[str, Term]) -> dict[str, dict[str, Any]]:
+    """Maps of every unlabelled case, of all terms together; empty when no term has any."""
+    if not any(term.field_kinds for term in terms.values()):
+        return {}
+    return {
+        case.name: {key: values for term in terms.values() for key, values in term.fields(case.name, work).items()}
+        for case in work.unlabelled
+    }
 
 
 def _fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Plan) -> tuple[Fabric, str, str]:
@@ -218,24 +279,6 @@ def _fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Pl
     )
     fabric.launch()
     return fabric, precision, memory_format
-
-
-def _sampler(
-    config: Config, split: Split, plan: Plan, cases: dict[str, PreparedCase], terms: dict[str, Term], fabric: Fabric
-) -> PatchSampler:
-    needs_unlabelled = any("unlabelled" in term.reads for term in terms.values())
-    return PatchSampler(
-        [Source(c.name, cases[c.name].image, cases[c.name].label) for c in split.labelled],
-        [Source(c.name, cases[c.name].image) for c in split.unlabelled] if needs_unlabelled else [],
-        plan.patch,
-        config.batch_labeled,
-        config.batch_unlabeled if needs_unlabelled else 0,
-        config.seed,
-        augment=config.augment,
-        foreground=config.foreground,
-        rank=fabric.global_rank,
-        processes=fabric.world_size,
-    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-STREAMS = {"labelled": 1, "unlabelled": 2, "step": 3, "init": 4}
+STREAMS = {"labelled": 1, "unlabelled": 2, "step": 3, "init": 4, "stage": 5}
 
 
 def rng(seed: int, stream: str, *counters: int) -> np.random.Generator:

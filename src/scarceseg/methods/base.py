@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, ValidationError
@@ -15,6 +14,11 @@ from scarceseg.errors import ConfigError, near_matches
 from scarceseg.functional.ramps import RAMPS
 from scarceseg.registry import Registry
 from scarceseg.types import ImageBatch, Labelled, Step, Unlabelled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from scarceseg.engine.workspace import Workspace
 
 RampName = Literal["constant", "laine", "laine-down", "semisam", "semisam-down"]
 
@@ -33,29 +37,44 @@ class TermOptions(Section):
     ramp_epochs: int = Field(40, ge=1)
 
 
+class Parts(NamedTuple):
+    """The loss of a term that also trains heads or networks of its own.
+
+    Attributes:
+        ramped: raw scalar that the term's weight and ramp multiply.
+        fixed: scalar that enters the sum as it is: supervision of the term's own heads, whatever the ramp.
+    """
+
+    ramped: torch.Tensor
+    fixed: torch.Tensor
+
+
+FieldKind = Literal["label", "probability", "weight"]
+
+
 class Term(nn.Module):
     """One summand of the training loss.
 
-    A term owns what it needs (a teacher, extra heads, pseudo-labels) as submodules and buffers, so that its state is
-    saved and restored with the run. It touches no optimiser, loader, logger or device.
+    A term owns what it needs (a teacher, extra heads) as submodules and buffers, so that its state is saved and restored
+    with the run; what is made offline (pseudo-labels, tuned weights) lies in the folders of its stages. It touches no
+    optimiser, loader, logger or device.
 
-    Order of calls: ``attach`` once, ``prepare`` once for each of its stages, then in every step ``extra_inputs``, the
-    one forward pass of the student, ``loss``, the update, ``after_update``. Three published methods were drafted on
-    these hooks before they were frozen:
-
-    - ICT: ``extra_inputs`` gives the mixed unlabelled rows, ``loss`` compares ``step.extra`` with the teacher's mix.
-    - MagicNet: ``extra_inputs`` gives the images with swapped cubes, ``loss`` puts the predictions back; its position
-      head is a submodule made in ``attach`` and trained because ``trainable_parameters`` returns it.
-    - BCP: ``extra_inputs`` gives both copy-paste mixtures, ``loss`` weighs reference and pseudo-label parts; its
-      pre-training is a stage.
+    Order of calls: ``prepare`` once for each of its stages, ``initialise`` and ``attach`` once, then in every step
+    ``extra_inputs``, the one forward pass of the student, ``loss``, the update, ``after_update``. Before the iterations
+    that ``rounds`` names, ``refresh`` may make the term's fields anew.
 
     Class attributes:
         reads: which rows of the student's output the term looks at, of {"labelled", "unlabelled"}. Unlabelled rows
             are loaded and computed only when some term reads them.
+        field_kinds: per-voxel maps of unlabelled rows the term reads, by name in ``step.unlabelled.fields``.
+        shares_features: ask for ``step.encoded`` and ``step.decoded``.
+        uses_foundation: the term needs the run's foundation model.
     """
 
     Options: ClassVar[type[TermOptions]] = TermOptions
     reads: ClassVar[frozenset[str]] = frozenset({"labelled", "unlabelled"})
+    shares_features: ClassVar[bool] = False
+    uses_foundation: ClassVar[bool] = False
     name: str = ""
 
     def __init__(self, options: TermOptions, classes: int) -> None:
@@ -63,15 +82,38 @@ class Term(nn.Module):
         self.options = options
         self.classes = classes
 
-    def attach(self, student: nn.Module) -> None:
-        """Build what depends on the student. Called once, before the first step; the student is on its device."""
+    @property
+    def field_kinds(self) -> dict[str, FieldKind]:
+        """Names of the maps the term reads from ``step.unlabelled.fields``, and what they hold.
+
+        A "label" is ``[X, Y, Z]`` uint8 with 255 = ignore, a "probability" ``[K, X, Y, Z]``, a "weight" ``[X, Y, Z]`` in
+        [0, 1].
+        """
+        return {}
 
     def stages(self) -> list[str]:
         """Names of the term's offline stages, in order; each is run once and resumed by its artefact."""
         return []
 
-    def prepare(self, stage: str, folder: Path) -> None:
-        """Run one offline stage and leave its artefact in `folder`."""
+    def prepare(self, stage: str, work: Workspace) -> None:
+        """Run one offline stage and leave its artefact in ``work.folder(self.name, stage)``."""
+
+    def initialise(self, student: nn.Module, work: Workspace) -> None:
+        """Give the student other initial weights, from the artefact of a stage. Called once, before ``attach``."""
+
+    def attach(self, student: nn.Module) -> None:
+        """Build what depends on the student. Called once, before the first step; the student is on its device."""
+
+    def fields(self, case: str, work: Workspace) -> Mapping[str, NDArray[Any]]:
+        """Maps of one unlabelled case, named as in `field_kinds`, on the prepared grid; usually memory-mapped."""
+        return {}
+
+    def rounds(self, total: int) -> list[int]:
+        """Iterations of T before which `refresh` is called, ascending, each in ``1 .. T - 1``."""
+        return []
+
+    def refresh(self, iteration: int, student: nn.Module, work: Workspace) -> None:
+        """Start a round: make new fields with the student as it is. Called again after a resume, it reads its artefact."""
 
     def extra_inputs(
         self, labelled: Labelled, unlabelled: Unlabelled | None, generator: torch.Generator
@@ -79,7 +121,7 @@ class Term(nn.Module):
         """Further rows for the student's one forward pass; their output arrives as ``step.extra[name]``."""
         return None
 
-    def loss(self, step: Step) -> torch.Tensor:
+    def loss(self, step: Step) -> torch.Tensor | Parts:
         """Raw scalar loss of the step; finite for any class count and batch split."""
         raise NotImplementedError
 
@@ -104,7 +146,12 @@ def parse_method(method: str) -> list[str]:
     Raises:
         ConfigError: empty or repeated summand, or an unknown one (near matches are listed).
     """
-    names = [part.strip() for part in method.split("+")]
+    names: list[str] = []
+    for part in (part.strip() for part in method.split("+")):
+        if not part and names and f"{names[-1]}+" in METHODS.names():
+            names[-1] += "+"  # a name may end with a plus sign itself: sfr+
+        else:
+            names.append(part)
     if not all(names):
         raise ConfigError(f"method {method!r} has an empty summand: write terms joined by '+', as in mean-teacher+sfr")
     if len(set(names)) != len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -32,6 +33,9 @@ class SegmentationNetwork(nn.Module, ABC):
             ConfigError: a side is not a multiple of `divisor`.
         """
 
+    def initialise_layers(self) -> None:
+        """What the constructor does to the layers' own initial weights; nothing by default."""
+
     def check_size(self, image: ImageBatch) -> None:
         """Refuse a patch the network cannot halve often enough, and say which size would fit.
 
@@ -52,19 +56,96 @@ class SegmentationNetwork(nn.Module, ABC):
 
 
 class EncoderDecoder(SegmentationNetwork):
-    """A network in two halves. Methods that add decoders or disturb features work on the list between them."""
+    """A network in two halves. Methods that add decoders or disturb features work on the list between them.
+
+    Attributes:
+        encoder_parts: names of the submodules that only `encode` uses.
+    """
+
+    encoder_parts: tuple[str, ...] = ()
 
     @abstractmethod
     def encode(self, image: ImageBatch) -> list[torch.Tensor]:
         """Features from fine to coarse; the first has the size of the input, the last is the bottleneck."""
 
     @abstractmethod
+    def decode_stages(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The decoder's features from what `encode` returned, fine to coarse; the first has the size of the input."""
+
+    @abstractmethod
+    def head(self, features: torch.Tensor) -> Logits:
+        """Logits from the finest features of the decoder."""
+
     def decode(self, features: list[torch.Tensor]) -> Logits:
         """Logits from what `encode` returned."""
+        return self.head(self.decode_stages(features)[0])
 
     def forward(self, image: ImageBatch) -> Logits:
         """``decode(encode(image))``."""
         return self.decode(self.encode(image))
+
+
+class WithFeatures(nn.Module):
+    """A network that also hands out what its two halves computed, for terms that share it.
+
+    Args:
+        network: shared, not copied.
+    """
+
+    def __init__(self, network: EncoderDecoder) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: ImageBatch) -> tuple[Logits, list[torch.Tensor], list[torch.Tensor]]:
+        """Logits, encoder features and decoder features, both fine to coarse."""
+        encoded = self.network.encode(image)
+        decoded = self.network.decode_stages(encoded)
+        return self.network.head(decoded[0]), encoded, decoded
+
+
+class Decoder(nn.Module):
+    """A decoder of its own for a network's features: the same layers, without the encoder.
+
+    Args:
+        network: copied; it stays as it is.
+        fresh: draw new initial weights; else start from the network's.
+    """
+
+    def __init__(self, network: EncoderDecoder, fresh: bool = True) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        for name in network.encoder_parts:
+            delattr(self.network, name)
+        if fresh:
+            reinitialise(self.network)
+
+    def forward(self, features: list[torch.Tensor]) -> Logits:
+        """Logits from what the network's `encode` returned."""
+        return self.network.decode(features)
+
+
+def reinitialise(module: nn.Module) -> None:
+    """Draw new initial weights for every layer, as its own constructor does, from torch's global generator."""
+    for layer in module.modules():
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+    for layer in module.modules():
+        if isinstance(layer, SegmentationNetwork):
+            layer.initialise_layers()
+
+
+def require_halves(network: nn.Module, term: str) -> EncoderDecoder:
+    """The network, if it has an encoder and a decoder.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if not isinstance(network, EncoderDecoder):
+        raise ConfigError(
+            f"{term} works on the features between encoder and decoder, which this network does not show: "
+            "use --network vnet or unet3d"
+        )
+    return network
 
 
 def check_statistics(image: ImageBatch, divisor: tuple[int, int, int], normalization: str, training: bool) -> None:

@@ -72,6 +72,8 @@ class UNet3D(EncoderDecoder):
         ConfigError: `feature_scale` outside 1..64 or an unknown `normalization`.
     """
 
+    encoder_parts = ("conv1", "conv2", "conv3", "conv4", "center")
+
     def __init__(
         self,
         channels: int,
@@ -98,6 +100,10 @@ class UNet3D(EncoderDecoder):
         self.up_concat1 = _UpStep(two, one, normalization)
         self.final = nn.Conv3d(one, classes, kernel_size=1)
         self.dropout = nn.Dropout(p=0.3 if dropout else 0.0)
+        self.initialise_layers()
+
+    def initialise_layers(self) -> None:
+        """Kaiming's normal distribution for the convolutions' weights."""
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight)
@@ -117,11 +123,14 @@ class UNet3D(EncoderDecoder):
         four = self.conv4(F.max_pool3d(three, 2))
         return [one, two, three, four, self.dropout(self.center(F.max_pool3d(four, 2)))]
 
-    def decode(self, features: list[torch.Tensor]) -> Logits:
-        """Logits ``[B, K, X, Y, Z]``."""
+    def decode_stages(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Four features with 64, 128, 256, 512 / `feature_scale` channels."""
         one, two, three, four, five = features
-        x = self.up_concat4(four, five)
-        x = self.up_concat3(three, x)
-        x = self.up_concat2(two, x)
-        x = self.up_concat1(one, x)
-        return self.final(self.dropout(x))
+        coarse = self.up_concat4(four, five)
+        middle = self.up_concat3(three, coarse)
+        fine = self.up_concat2(two, middle)
+        return [self.up_concat1(one, fine), fine, middle, coarse]
+
+    def head(self, features: torch.Tensor) -> Logits:
+        """Logits ``[B, K, X, Y, Z]``; dropout acts first."""
+        return self.final(self.dropout(features))

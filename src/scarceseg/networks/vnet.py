@@ -75,6 +75,11 @@ class VNet(EncoderDecoder):
         ConfigError: `n_filters` below 1 or an unknown `normalization`.
     """
 
+    encoder_parts = (
+        *("block_one", "block_two", "block_three", "block_four", "block_five"),
+        *("block_one_dw", "block_two_dw", "block_three_dw", "block_four_dw"),
+    )
+
     def __init__(
         self,
         channels: int,
@@ -126,11 +131,15 @@ class VNet(EncoderDecoder):
         five = self.block_five(self.block_four_dw(four))
         return [one, two, three, four, self.dropout(five)]
 
-    def decode(self, features: list[torch.Tensor]) -> Logits:
-        """Logits ``[B, K, X, Y, Z]``."""
+    def decode_stages(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Four features with f, 2f, 4f, 8f channels."""
         one, two, three, four, five = features
-        x = self.block_six(self.block_five_up(five) + four)
-        x = self.block_seven(self.block_six_up(x) + three)
-        x = self.block_eight(self.block_seven_up(x) + two)
-        x = self.block_nine(self.block_eight_up(x) + one)
-        return self.out_conv(keep_layout(self.dropout(x)))
+        six = self.block_six(self.block_five_up(five) + four)
+        seven = self.block_seven(self.block_six_up(six) + three)
+        eight = self.block_eight(self.block_seven_up(seven) + two)
+        nine = self.block_nine(self.block_eight_up(eight) + one)
+        return [nine, eight, seven, six]
+
+    def head(self, features: torch.Tensor) -> Logits:
+        """Logits ``[B, K, X, Y, Z]``; dropout acts first."""
+        return self.out_conv(keep_layout(self.dropout(features)))

@@ -1,0 +1,217 @@
+"""What a term's offline stages work with: the prepared cases, the foundation model, the one training loop, the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import nn
+
+from scarceseg.config import Config, OptimConfig
+from scarceseg.data.plan import Plan
+from scarceseg.data.prepare import PreparedCase
+from scarceseg.data.sampling import PatchSampler, Source
+from scarceseg.engine.logging import Display, RunLog
+from scarceseg.engine.loop import BatchSource, Loop, LoopTask
+from scarceseg.engine.seeds import rng
+from scarceseg.errors import ConfigError
+from scarceseg.foundation.base import Promptable, Tunable
+from scarceseg.foundation.load import load_foundation
+from scarceseg.inference.sliding import sliding_window
+from scarceseg.methods.base import Term
+from scarceseg.networks.base import SegmentationNetwork, build_network
+
+Array = NDArray[Any]
+
+
+@dataclass
+class Workspace:
+    """The run as a term sees it while it prepares. There is no label of an unlabelled case in it.
+
+    Attributes:
+        run: the run folder.
+        config: of the run.
+        plan: how volumes are prepared, channels and classes.
+        labelled, unlabelled: prepared cases; `label` of the second is None.
+        fabric: device, precision, processes.
+        memory_format: of networks like the student.
+        log: where stages write their numbers.
+        stop: asks whether the user wants to stop.
+        warnings: a stage may add to them.
+        cache: folder of things worth keeping between runs; None is the user's.
+    """
+
+    run: Path
+    config: Config
+    plan: Plan
+    labelled: Sequence[PreparedCase]
+    unlabelled: Sequence[PreparedCase]
+    fabric: Fabric
+    memory_format: str
+    log: RunLog
+    stop: Callable[[], bool]
+    warnings: list[str] = field(default_factory=list)
+    cache: Path | None = None
+
+    @property
+    def classes(self) -> int:
+        """K, background included."""
+        return len(self.plan.classes)
+
+    def folder(self, term: str, stage: str) -> Path:
+        """Where one stage of one term leaves its artefact."""
+        return self.run / "stages" / f"{term}-{stage}"
+
+    def seed(self, stage: str) -> int:
+        """A seed for one stage, from the run's."""
+        number = int.from_bytes(hashlib.sha256(stage.encode()).digest()[:4], "big")
+        return int(rng(self.config.seed, "stage", number).integers(2**31))
+
+    @cached_property
+    def foundation(self) -> Promptable | Tunable:
+        """The run's foundation model, frozen, built once.
+
+        Raises:
+            ConfigError: none is named.
+        """
+        if self.config.foundation is None:
+            raise ConfigError(f"{self.config.method!r} needs a foundation model: name one with --foundation")
+        return load_foundation(self.config.foundation, self.fabric.device)
+
+    def build_student(self, stage: str) -> SegmentationNetwork:
+        """A fresh network like the student, on the run's device, with initial weights of its own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed(f"{stage}-init"))
+            network = build_network(
+                self.config.network.name, len(self.plan.channels), self.classes, self.config.network.args
+            )
+        return network.to(self.fabric.device)
+
+    def patches(self, stage: str, fields: Mapping[str, Mapping[str, Array]] | None = None) -> PatchSampler:
+        """Batches as the run's own: labelled rows and, when `fields` gives maps for them, unlabelled rows.
+
+        Args:
+            stage: names the random draws.
+            fields: maps of unlabelled cases by case; cases without any are left out.
+        """
+        fields = fields or {}
+        return patch_sampler(
+            self.config, self.plan, self.labelled, self.unlabelled, self.fabric, self.seed(stage), fields, bool(fields)
+        )
+
+    def fit(
+        self,
+        stage: str,
+        network: nn.Module,
+        terms: Mapping[str, Term],
+        sampler: BatchSource,
+        iterations: int,
+        optim: OptimConfig | None = None,
+        memory_format: str | None = None,
+    ) -> None:
+        """Train a network through the one loop, from its checkpoint if a stopped run left one.
+
+        Args:
+            stage: name in logs and of the checkpoint; `discard` removes that once the artefact is written.
+            network: on the run's device; it is trained in place.
+            terms: attached already.
+            sampler: makes the batches.
+            iterations: T.
+            optim: None is the run's.
+            memory_format: None is the run's.
+        """
+        task = LoopTask(
+            stage=stage,
+            student=network,
+            terms=terms,
+            sampler=sampler,
+            optim=optim or self.config.optim,
+            iterations=iterations,
+            seed=self.seed(stage),
+            checkpoint=self._checkpoint(stage),
+            checkpoint_every=self.config.checkpoint_every,
+            log_every=self.config.log_every,
+            memory_format=memory_format or self.memory_format,
+        )
+        for term in terms.values():
+            term.to(self.fabric.device)
+        Loop(task, self.fabric, self.log, self.stop).run()
+
+    def discard(self, stage: str) -> None:
+        """Remove the checkpoint of a stage that has left its artefact."""
+        if self.fabric.is_global_zero:
+            self._checkpoint(stage).unlink(missing_ok=True)
+
+    def _checkpoint(self, stage: str) -> Path:
+        return self.run / "checkpoints" / f"{stage}.pt"
+
+    def predict(self, network: nn.Module, case: PreparedCase, whole: bool = False) -> NDArray[np.float32]:
+        """Class probabilities ``[K, X, Y, Z]`` of a prepared case.
+
+        Args:
+            network: takes ``[B, C, X, Y, Z]``.
+            case: only its image is looked at.
+            whole: give it the volume in one piece, instead of overlapping patches averaged with Gaussian weights.
+        """
+        image = torch.from_numpy(np.array(case.image))
+        training = network.training
+        network.eval()
+        try:
+            with torch.inference_mode(), self.fabric.autocast():
+                if whole:
+                    probability = network(image[None].to(self.fabric.device)).float().softmax(1)[0]
+                else:
+                    probability = sliding_window(image, network, self.plan.patch, device=self.fabric.device)
+        finally:
+            network.train(training)
+        result: NDArray[np.float32] = probability.float().cpu().numpy()
+        return result
+
+    def mine(self, cases: Sequence[PreparedCase]) -> list[PreparedCase]:
+        """The share of the cases this process works on."""
+        return list(cases[self.fabric.global_rank :: self.fabric.world_size])
+
+    def display(self, title: str, total: int) -> AbstractContextManager[Display]:
+        """A progress display for work that is no training."""
+        return Display(title, 0, total)
+
+
+def patch_sampler(
+    config: Config,
+    plan: Plan,
+    labelled: Sequence[PreparedCase],
+    unlabelled: Sequence[PreparedCase],
+    fabric: Fabric,
+    seed: int,
+    fields: Mapping[str, Mapping[str, Array]],
+    needs_unlabelled: bool,
+) -> PatchSampler:
+    """The run's batches.
+
+    Args:
+        seed: of the draws.
+        fields: maps of unlabelled cases, by case. When it holds any, cases that it does not name are left out.
+        needs_unlabelled: make unlabelled rows at all.
+    """
+    pool = [case for case in unlabelled if not fields or case.name in fields] if needs_unlabelled else []
+    return PatchSampler(
+        [Source(c.name, c.image, c.label) for c in labelled],
+        [Source(c.name, c.image, fields=fields.get(c.name)) for c in pool],
+        plan.patch,
+        config.batch_labeled,
+        config.batch_unlabeled if pool else 0,
+        seed,
+        augment=config.augment,
+        foreground=config.foreground,
+        rank=fabric.global_rank,
+        processes=fabric.world_size,
+    )
