@@ -6,7 +6,7 @@ number of processes, and from any iteration on, and are always the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +60,23 @@ def turn(array: Array, quarter_turns: int, flip_axis: int | None) -> Array:
     return turned if flip_axis is None else np.flip(turned, axis=flip_axis - 3)
 
 
+Batch = tuple[Labelled, Unlabelled | None]
+
+
+def made_ahead(make: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
+    """``make(start) .. make(stop - 1)``, made `ahead` of their use in one background thread."""
+    with ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
+        waiting: list[Future[Batch]] = []
+        try:
+            for iteration in range(start, stop):
+                while len(waiting) <= ahead and iteration + len(waiting) < stop:
+                    waiting.append(pool.submit(make, iteration + len(waiting)))
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 class PatchSampler:
     """Makes the batch of any iteration.
 
@@ -108,7 +125,7 @@ class PatchSampler:
             replace(source, fields=fields.get(source.name)) for source in self.sources["unlabelled"]
         ]
 
-    def batch(self, iteration: int) -> tuple[Labelled, Unlabelled | None]:
+    def batch(self, iteration: int) -> Batch:
         """Labelled and unlabelled rows of one iteration, as CPU tensors."""
         image, label, fields, names = self._stack("labelled", iteration)
         if label is None:
@@ -119,18 +136,9 @@ class PatchSampler:
         image, _, fields, names = self._stack("unlabelled", iteration)
         return labelled, Unlabelled(image, names, fields)
 
-    def batches(self, start: int, stop: int, ahead: int = 2) -> Iterator[tuple[Labelled, Unlabelled | None]]:
+    def batches(self, start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
         """Batches of the iterations ``start .. stop - 1``, made `ahead` of their use in one background thread."""
-        with ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
-            waiting: list[Future[tuple[Labelled, Unlabelled | None]]] = []
-            try:
-                for iteration in range(start, stop):
-                    while len(waiting) <= ahead and iteration + len(waiting) < stop:
-                        waiting.append(pool.submit(self.batch, iteration + len(waiting)))
-                    yield waiting.pop(0).result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        return made_ahead(self.batch, start, stop, ahead)
 
     def _stack(
         self, stream: str, iteration: int

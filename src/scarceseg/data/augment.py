@@ -1,0 +1,91 @@
+"""Augmentations for tuning on a few labelled volumes: intensity curves, and small bends that leave a volume in its frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Array = NDArray[Any]
+Image = NDArray[np.float32]
+
+
+def intensity_curve(image: Image, draw: np.random.Generator, points: int = 1000) -> Image:
+    """Send intensities through a random rising curve from the darkest to the brightest value.
+
+    The curve is a cubic Bezier curve through (0, 0) and (1, 1) with two random control points in the unit square, whose
+    coordinates are sorted so that it rises (Zhou et al., Models Genesis, 2019, sec. 3.2; used by SFR's fine-tuning). The
+    range of the intensities stays.
+
+    Args:
+        image: any shape; one slice, or one volume.
+        draw: source of the random curve.
+        points: of the table the curve is read from.
+    """
+    low, high = float(image.min()), float(image.max())
+    if high <= low:
+        return image.copy()
+    control = np.sort(draw.random((2, 2)), axis=0)
+    t = np.linspace(0.0, 1.0, points)[:, None]
+    curve = 3 * (1 - t) ** 2 * t * control[0] + 3 * (1 - t) * t**2 * control[1] + t**3
+    bent = np.interp((image - low) / (high - low), curve[:, 0], curve[:, 1])
+    return (bent * (high - low) + low).astype(np.float32)
+
+
+def curve_slices(image: Image, draw: np.random.Generator) -> Image:
+    """Every slice ``[..., z]`` of every channel of ``[C, X, Y, Z]`` through a curve of its own."""
+    bent = np.empty_like(image)
+    for channel in range(image.shape[0]):
+        for z in range(image.shape[-1]):
+            bent[channel, ..., z] = intensity_curve(image[channel, ..., z], draw)
+    return bent
+
+
+def bend(
+    image: Image, label: Array, size: Sequence[int], draw: np.random.Generator, strength: float = 1.0
+) -> tuple[Image, Array]:
+    """A small random affine map and elastic bend of a whole volume, sampled on a grid of `size`. (ours)
+
+    Entries of the matrix deviate from the identity by 0.08, the shift is 0.04 of the side and the elastic part, a cubic
+    spline through 5x5x5 random vectors, 0.03 of the side, all standard deviations. Flips and quarter turns are left out:
+    a model that knows a place by its position in the volume would lose it.
+
+    Args:
+        image: ``[C, X, Y, Z]``.
+        label: ``[X, Y, Z]``; voxels that come from outside become 0.
+        size: voxels of the result; the whole volume fills it.
+        draw: source of the random map.
+        strength: factor of all deviations; 0 only resamples.
+
+    Returns:
+        Image ``[C, *size]`` (linear) and label ``[*size]`` (nearest).
+    """
+    shape = np.asarray(label.shape, dtype=float)
+    grid = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij"))
+    step = (shape / np.asarray(size))[:, None, None, None]
+    grid = (grid + 0.5) * step - 0.5
+    matrix = np.eye(3) + strength * draw.normal(0, 0.08, (3, 3))
+    centre = (shape - 1) / 2
+    offset = centre - matrix @ centre + strength * draw.normal(0, 0.04, 3) * shape
+    at = np.tensordot(matrix, grid, 1) + offset[:, None, None, None]
+    for axis in range(3):
+        coarse = draw.normal(0, 1, (5, 5, 5))
+        at[axis] += strength * 0.03 * shape[axis] * ndimage.zoom(coarse, np.asarray(size) / 5, order=3)
+    moved = np.stack([ndimage.map_coordinates(c, at, order=1, mode="nearest") for c in image])
+    return moved.astype(np.float32), ndimage.map_coordinates(label, at, order=0, mode="constant", cval=0)
+
+
+def contrast(image: Image, draw: np.random.Generator) -> Image:
+    """Another contrast, brightness and noise level for each channel of z-scored ``[C, X, Y, Z]``. (ours)
+
+    Power 0.75 .. 1.33 of the distance from zero, gain 0.8 .. 1.2, shift with standard deviation 0.15, noise of up to 0.15.
+    """
+    changed = np.empty_like(image)
+    for channel, values in zip(changed, image, strict=True):
+        curve = np.sign(values) * np.abs(values) ** draw.uniform(0.75, 1.33)
+        noise = draw.normal(0, draw.uniform(0, 0.15), values.shape)
+        channel[...] = curve * draw.uniform(0.8, 1.2) + draw.normal(0, 0.15) + noise
+    return changed

@@ -1,0 +1,225 @@
+"""Terms that learn from guessed labels of whole volumes, and the folder such labels are kept in.
+
+A guess is made once for a volume, offline, and cropped and turned with the image from then on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from scarceseg.data.cache import load, store
+from scarceseg.engine.checkpoint import write_text
+from scarceseg.errors import RunError
+from scarceseg.functional.pseudo import confidence, pseudo_label_loss, soft_label_loss
+from scarceseg.inference.components import largest_component as keep_largest
+from scarceseg.methods.base import FieldKind, Term, TermOptions
+from scarceseg.types import IGNORE_LABEL, LabelMap, Step
+
+if TYPE_CHECKING:
+    from scarceseg.data.prepare import PreparedCase
+    from scarceseg.engine.workspace import Workspace
+
+
+class PseudoLabels:
+    """Guessed labels of a pool of volumes, each an entry of the cache's format: arrays that are memory-mapped.
+
+    ``<case>-probability.npy`` is ``[K, X, Y, Z]`` float16, ``<case>-label.npy`` ``[X, Y, Z]`` uint8 and ``<case>-weight.npy``
+    ``[X, Y, Z]`` float16, all on the prepared grid; ``confidence.json`` is the table of how sure they are.
+
+    Args:
+        folder: of a stage.
+    """
+
+    TABLE = "confidence.json"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, case: str) -> bool:
+        """Whether a case's guess is there, whole."""
+        return load(self._entry(case, "label")) is not None and load(self._entry(case, "probability")) is not None
+
+    def write(
+        self,
+        case: str,
+        probability: NDArray[np.float32],
+        *,
+        weight: NDArray[np.floating[Any]] | None = None,
+        largest_component: bool = False,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep one guess.
+
+        Args:
+            case: name.
+            probability: ``[K, X, Y, Z]``.
+            weight: ``[X, Y, Z]`` in [0, 1], how far each voxel can be trusted.
+            largest_component: the label keeps the largest component of each class only.
+            notes: anything worth a place in the table.
+        """
+        label = probability.argmax(0).astype(np.uint8)
+        if largest_component:
+            label = keep_largest(label)
+        sure, inside = confidence(probability)
+        about = {"confidence": sure, "foreground_confidence": inside, **(notes or {})}
+        if weight is not None:
+            store(self._entry(case, "weight"), weight.astype(np.float16), {})
+        store(self._entry(case, "probability"), probability.astype(np.float16), {})
+        store(self._entry(case, "label"), label, about)
+
+    def write_nothing(
+        self, case: str, probability: NDArray[np.floating[Any]], notes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep a case without a label: every voxel is ignored (255) and has weight 0; its probability stays to be looked at."""
+        size = probability.shape[1:]
+        sure, inside = confidence(probability)
+        store(self._entry(case, "weight"), np.zeros(size, dtype=np.float16), {})
+        store(self._entry(case, "probability"), probability.astype(np.float16), {})
+        about = {"confidence": sure, "foreground_confidence": inside, **(notes or {})}
+        store(self._entry(case, "label"), np.full(size, IGNORE_LABEL, dtype=np.uint8), about)
+
+    def label(self, case: str) -> LabelMap:
+        """Guessed classes ``[X, Y, Z]``."""
+        return self._read(case, "label")[0]
+
+    def probability(self, case: str) -> NDArray[np.float16]:
+        """Class probabilities ``[K, X, Y, Z]``."""
+        return self._read(case, "probability")[0]
+
+    def weight(self, case: str) -> NDArray[np.float16]:
+        """Trust in each voxel ``[X, Y, Z]``."""
+        return self._read(case, "weight")[0]
+
+    def notes(self, case: str) -> dict[str, Any]:
+        """Confidence and what else was noted."""
+        kept = self._read(case, "label")[1]
+        return {key: value for key, value in kept.items() if key not in {"shape", "dtype", "bytes"}}
+
+    def finish(self, cases: Iterable[str], **about: Any) -> dict[str, dict[str, Any]]:
+        """Write the table of all cases, with the settings in `about`; returns the rows."""
+        rows = {case: self.notes(case) for case in cases}
+        write_text(self.folder / self.TABLE, json.dumps({**about, "cases": rows}, indent=1) + "\n")
+        return rows
+
+    def _entry(self, case: str, kind: str) -> Path:
+        return self.folder / f"{case}-{kind}.npy"
+
+    def _read(self, case: str, kind: str) -> tuple[NDArray[Any], dict[str, Any]]:
+        found = load(self._entry(case, kind))
+        if found is None:
+            raise RunError(
+                f"the {kind} guessed for {case} is missing in {self.folder} or damaged: remove that folder and --resume"
+            )
+        return found
+
+
+class PseudoLabelOptions(TermOptions):
+    """Options of every term that learns from guessed labels.
+
+    Attributes:
+        targets: "hard" classes, as SFR has it, or "soft" probabilities. (ours)
+        trust: "all" voxels alike, or each by its "weight": the agreement of atlases, or the largest probability. (ours)
+        largest_component: hard guesses keep the largest component of each class only.
+    """
+
+    weight: float = Field(1.0, ge=0)
+    targets: Literal["hard", "soft"] = "hard"
+    trust: Literal["all", "weight"] = "all"
+    largest_component: bool = False
+
+
+class PseudoLabelTerm(Term):
+    """``0.5 (CE + Dice)`` of the student on unlabelled rows against labels guessed offline, weight 1 (SFR's re-training loss)."""
+
+    Options: ClassVar[type[TermOptions]] = PseudoLabelOptions
+    reads = frozenset({"unlabelled"})
+    options: PseudoLabelOptions
+
+    @property
+    def soft(self) -> bool:
+        """Whether the loss takes probabilities."""
+        return self.options.targets == "soft" or self.options.trust == "weight"
+
+    @property
+    def field_kinds(self) -> dict[str, FieldKind]:
+        """The guessed label, or its probability and, where voxels are trusted differently, their weight."""
+        kinds: dict[str, FieldKind] = {}
+        kinds[f"{self.name}/{'probability' if self.options.targets == 'soft' else 'label'}"] = (
+            "probability" if self.options.targets == "soft" else "label"
+        )
+        if self.options.trust == "weight":
+            kinds[f"{self.name}/weight"] = "weight"
+        return kinds
+
+    def labels(self, work: Workspace) -> PseudoLabels:
+        """Where the guesses of the last stage lie."""
+        return PseudoLabels(work.folder(self.name, self.stages()[-1]))
+
+    def fields(self, case: str, work: Workspace) -> Mapping[str, NDArray[Any]]:
+        """The maps of one case."""
+        return read_fields(self.field_kinds, self.labels(work), case)
+
+    def loss(self, step: Step) -> torch.Tensor:
+        """Scalar >= 0."""
+        if step.unlabelled is None or step.logits_u is None:
+            raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
+        fields = step.unlabelled.fields
+        if not self.soft:
+            return pseudo_label_loss(step.logits_u, fields[f"{self.name}/label"])
+        weight = fields.get(f"{self.name}/weight")
+        if self.options.targets == "soft":
+            target = fields[f"{self.name}/probability"].float()
+        else:
+            label = fields[f"{self.name}/label"].long()
+            known = label != IGNORE_LABEL
+            target = torch.nn.functional.one_hot(label * known, self.classes).movedim(-1, 1).float()
+            weight = known.float() if weight is None else weight * known
+        return soft_label_loss(step.logits_u, target, weight)
+
+    def guess(self, work: Workspace, stage: str, cases: list[PreparedCase], **about: Any) -> PseudoLabels:
+        """Label `cases` with `probability_of`, one after the other, and keep what is done; returns the folder."""
+        labels = PseudoLabels(work.folder(self.name, stage))
+        mine = work.mine(cases)
+        with work.display(f"{self.name}: {stage}", len(mine)) as display:
+            for number, case in enumerate(mine, 1):
+                if not labels.has(case.name):
+                    probability = self.probability_of(work, case)
+                    self.keep(labels, case.name, probability, probability.max(0))
+                display.update(number, note=case.name)
+        work.fabric.barrier()
+        if work.fabric.is_global_zero:
+            labels.finish([case.name for case in cases], **about)
+        return labels
+
+    def keep(
+        self,
+        labels: PseudoLabels,
+        case: str,
+        probability: NDArray[np.float32],
+        weight: NDArray[np.floating[Any]],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one guess in the way the options ask for."""
+        labels.write(case, probability, weight=weight, largest_component=self.options.largest_component, notes=notes)
+
+    def probability_of(self, work: Workspace, case: PreparedCase) -> NDArray[np.float32]:
+        """The guess for one volume ``[K, X, Y, Z]``."""
+        raise NotImplementedError
+
+
+def read_fields(kinds: Mapping[str, FieldKind], labels: PseudoLabels, case: str) -> dict[str, NDArray[Any]]:
+    """The maps of one case that `kinds` names, memory-mapped."""
+    readers: dict[FieldKind, Callable[[str], NDArray[Any]]] = {
+        "label": labels.label,
+        "probability": labels.probability,
+        "weight": labels.weight,
+    }
+    return {key: readers[kind](case) for key, kind in kinds.items()}

@@ -1,0 +1,144 @@
+"""SFR: a foundation model tuned on the labelled volumes labels the others, and the student learns from both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from scarceseg.data.sampling import Source
+from scarceseg.errors import ConfigError
+from scarceseg.functional.pseudo import pseudo_label_loss
+from scarceseg.methods.base import METHODS, FieldKind, TermOptions
+from scarceseg.methods.fine_tuning import TunedTeacher, TuningOptions
+from scarceseg.methods.pseudo_labels import PseudoLabels, PseudoLabelTerm
+from scarceseg.types import IGNORE_LABEL, Step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from scarceseg.data.prepare import PreparedCase
+    from scarceseg.engine.workspace import Workspace
+
+
+class SfrOptions(TuningOptions):
+    """Options of SFR; those of the tuning and of the loss."""
+
+
+@METHODS.register("sfr")
+class Sfr(PseudoLabelTerm):
+    """Stitching, fine-tuning, re-training (Li et al., IEEE TMI 2025, sec. III): ``0.5 (CE + Dice)`` on labels of a tuned SAM.
+
+    The foundation model sees each labelled volume as a mosaic of its slices, is tuned on it (stage `tune`), labels the
+    unlabelled volumes (stage `label`), and is not needed afterwards. A volumetric model takes SAM's place without a mosaic.
+
+    Differs from the authors' code: a volume is labelled once, as a whole or in overlapping mosaics with averaged probabilities,
+    and its label is cropped with the image; there, the tuned model runs on every training crop, which ``labels: crop`` does too.
+    """
+
+    Options: ClassVar[type[TermOptions]] = SfrOptions
+    uses_foundation = True
+    options: SfrOptions
+
+    def stages(self) -> list[str]:
+        """Fine-tune, then label; the second is not needed when every patch is labelled anew."""
+        return ["tune", "label"] if self.options.labels == "volume" else ["tune"]
+
+    @property
+    def field_kinds(self) -> dict[str, FieldKind]:
+        """None when every patch is labelled anew."""
+        return super().field_kinds if self.options.labels == "volume" else {}
+
+    def prepare(self, stage: str, work: Workspace) -> None:
+        """Tune the model, or label the pool with it."""
+        teacher = TunedTeacher(work, self.options)
+        tuned = work.folder(self.name, "tune")
+        if stage == "tune":
+            teacher.tune(tuned, f"{self.name}-tune", self._guessed(work))
+            return
+        teacher.load(tuned)
+        self._label(work, stage, teacher)
+
+    def _label(self, work: Workspace, stage: str, teacher: TunedTeacher) -> None:
+        self._teacher = [teacher]  # in a list, so that it is no part of the term's state
+        self.guess(work, stage, list(work.unlabelled), **self.about(work, teacher))
+        warn_empty(work, self.name, PseudoLabels(work.folder(self.name, stage)))
+
+    def about(self, work: Workspace, teacher: TunedTeacher) -> dict[str, Any]:
+        """What the table of confidences says of the model."""
+        return {
+            "foundation": work.config.foundation,
+            "view": "whole volumes" if teacher.whole else "patches",
+            "strategy": self.options.strategy,
+            "tune_iterations": teacher.iterations,
+        }
+
+    def _guessed(self, work: Workspace) -> list[Source]:
+        return guessed_sources(work, self.name, self.options.learn_from)
+
+    def probability_of(self, work: Workspace, case: PreparedCase) -> NDArray[np.float32]:
+        """By the tuned model."""
+        return self._teacher[0].probability(case)
+
+    def initialise(self, student: nn.Module, work: Workspace) -> None:
+        """Take the tuned model along when patches are labelled one by one."""
+        if self.options.labels == "crop":
+            self.take_along(work, work.folder(self.name, "tune"))
+
+    def take_along(self, work: Workspace, folder: Path) -> None:
+        """Keep the model tuned in `folder` for the patches to come."""
+        teacher = TunedTeacher(work, self.options)
+        teacher.load(folder)
+        teacher.freeze()
+        self._teacher = [teacher]
+
+    def ignored(self, case: str) -> bool:
+        """Whether patches of this case get no label."""
+        return False
+
+    def loss(self, step: Step) -> torch.Tensor:
+        """Scalar >= 0."""
+        if self.options.labels == "volume":
+            return super().loss(step)
+        if step.unlabelled is None or step.logits_u is None:
+            raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
+        label = self._teacher[0].on_patch(step.unlabelled.image).argmax(1)
+        for row, case in zip(label, step.unlabelled.case, strict=True):
+            if self.ignored(case):
+                row.fill_(IGNORE_LABEL)
+        return pseudo_label_loss(step.logits_u, label)
+
+
+def guessed_sources(work: Workspace, name: str, other: str | None) -> list[Source]:
+    """The unlabelled volumes with the guesses of another term, to learn from.
+
+    Raises:
+        ConfigError: no such term before this one, or it keeps no guesses.
+    """
+    if other is None:
+        return []
+    from scarceseg.methods.base import build_terms
+
+    terms = build_terms(work.config.method, work.config.terms, work.classes)
+    names = list(terms)
+    source = terms.get(other)
+    if not isinstance(source, PseudoLabelTerm) or names.index(other) > names.index(name) or not source.stages():
+        raise ConfigError(
+            f"terms.{name}.learn_from: expected a term that guesses labels and stands before {name!r} in the sum, such as "
+            f"atlas in atlas+{name}, got {other!r} in {work.config.method!r}"
+        )
+    labels = source.labels(work)
+    return [Source(case.name, case.image, labels.label(case.name)) for case in work.unlabelled]
+
+
+def warn_empty(work: Workspace, name: str, labels: PseudoLabels) -> None:
+    """Add a warning when guesses hold no foreground."""
+    empty = [case.name for case in work.unlabelled if not np.any(labels.label(case.name) > 0)]
+    if empty:
+        work.warnings.append(
+            f"{name}: no foreground was found in {len(empty)} of {len(work.unlabelled)} unlabelled volumes "
+            f"({', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}): look at them, or tune longer"
+        )

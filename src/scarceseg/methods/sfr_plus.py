@@ -1,0 +1,140 @@
+"""SFR+: the student's sure volumes join the fine-tuning of the foundation model, which labels the others anew."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import nn
+
+from scarceseg.data.sampling import Source
+from scarceseg.engine.checkpoint import write_text
+from scarceseg.methods.base import METHODS, TermOptions
+from scarceseg.methods.fine_tuning import TunedTeacher
+from scarceseg.methods.pseudo_labels import PseudoLabels
+from scarceseg.methods.sfr import Sfr, SfrOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from scarceseg.engine.workspace import Workspace
+
+SURE = "sure.json"
+
+
+class SfrPlusOptions(SfrOptions):
+    """Options of SFR+.
+
+    Attributes:
+        threshold: tau of the confidence, 0.985 as published.
+        measure: confidence over the whole "volume" (published) or over the predicted "foreground" (ours).
+        rounds: the run is cut into so many equal parts; the first is plain SFR. (ours: the papers give no schedule)
+        refresh_iterations: steps of fine-tuning in a later round, from the weights of the round before; None is a third of
+            the first round's.
+        sure: what the student learns on a sure volume: nothing ("ignore", as published: pseudo-labels go to the unsure), or
+            its own prediction ("student").
+    """
+
+    threshold: float = Field(0.985, ge=0, le=1)
+    measure: Literal["volume", "foreground"] = "volume"
+    rounds: int = Field(3, ge=1)
+    refresh_iterations: int | None = Field(None, ge=1)
+    sure: Literal["ignore", "student"] = "ignore"
+
+
+@METHODS.register("sfr+")
+class SfrPlus(Sfr):
+    """SFR with confidence-selective alternation (Li et al., IEEE TMI 2025, SFR+).
+
+    Before each round but the first the student labels the pool. A volume with confidence
+    ``C = mean_v max_c p(c) >= tau`` joins the fine-tuning set with the student's label; the others get fresh pseudo-labels of the tuned model.
+
+    Differs from the paper: C counts easy background, so the confidence over the foreground is reported beside it and can take
+    its place (`measure`); a round in which none or all volumes pass is warned of.
+    """
+
+    Options: ClassVar[type[TermOptions]] = SfrPlusOptions
+    options: SfrPlusOptions
+
+    def rounds(self, total: int) -> list[int]:
+        """``T k / rounds`` for k = 1, 2, ..."""
+        return sorted({total * k // self.options.rounds for k in range(1, self.options.rounds)} - {0})
+
+    def labels(self, work: Workspace) -> PseudoLabels:
+        """Those of the newest round."""
+        newest = getattr(self, "_newest", None)
+        return super().labels(work) if newest is None else PseudoLabels(newest)
+
+    def refresh(self, iteration: int, student: nn.Module, work: Workspace) -> None:
+        """One round; what an earlier call has left is taken as it is."""
+        number = self.rounds(work.config.iterations).index(iteration) + 1
+        folder = work.folder(self.name, f"round{number}")
+        if not (folder / "done").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._round(work, student, folder, number)
+            work.fabric.barrier()
+            write_text(folder / "done", "")
+        self._newest = folder
+        if self.options.labels == "crop":
+            self.take_along(work, folder)
+            self._ignored = frozenset(json.loads((folder / SURE).read_text(encoding="utf-8")))
+
+    def _round(self, work: Workspace, student: nn.Module, folder: Path, number: int) -> None:
+        own = PseudoLabels(folder / "student")
+        sure = self._sure(work, student, own)
+        teacher = TunedTeacher(work, self.options)
+        before = work.folder(self.name, f"round{number - 1}" if number > 1 else "tune")
+        teacher.load(before)
+        if sure:
+            joined = [
+                Source(case.name, case.image, own.label(case.name)) for case in work.unlabelled if case.name in sure
+            ]
+            steps = self.options.refresh_iterations or max(teacher.iterations // 3, 1)
+            teacher.tune(folder, f"{self.name}-round{number}", [*self._guessed(work), *joined], steps)
+        else:
+            teacher.save(folder)
+        write_text(folder / SURE, json.dumps(sorted(sure)))
+        if self.options.labels == "crop":
+            return
+        self._teacher = [teacher]
+        labels = PseudoLabels(folder)
+        for case in work.mine(work.unlabelled):
+            if labels.has(case.name):
+                continue
+            if case.name not in sure:
+                probability = teacher.probability(case)
+                self.keep(labels, case.name, probability, probability.max(0))
+            elif self.options.sure == "student":
+                probability = np.asarray(own.probability(case.name), dtype=np.float32)
+                self.keep(labels, case.name, probability, probability.max(0), {"sure": True})
+            else:
+                labels.write_nothing(case.name, own.probability(case.name), {"sure": True})
+        work.fabric.barrier()
+        if work.fabric.is_global_zero:
+            labels.finish([case.name for case in work.unlabelled], **self.about(work, teacher), sure=sorted(sure))
+
+    def ignored(self, case: str) -> bool:
+        """Whether the patches of a sure volume are left out, when patches are labelled one by one."""
+        return self.options.sure == "ignore" and case in getattr(self, "_ignored", frozenset())
+
+    def _sure(self, work: Workspace, student: nn.Module, own: PseudoLabels) -> set[str]:
+        """Names of the volumes the student is sure of; its predictions are kept in `own`."""
+        for case in work.mine(work.unlabelled):
+            if not own.has(case.name):
+                own.write(case.name, work.predict(student, case), largest_component=self.options.largest_component)
+        work.fabric.barrier()
+        names = [case.name for case in work.unlabelled]
+        rows = own.finish(names) if work.fabric.is_global_zero else {name: own.notes(name) for name in names}
+        key = "confidence" if self.options.measure == "volume" else "foreground_confidence"
+        sure = {name for name in names if rows[name][key] >= self.options.threshold}
+        if len(sure) in (0, len(names)):
+            spread = sorted(rows[name][key] for name in names)
+            work.warnings.append(
+                f"{self.name}: {'every' if sure else 'no'} unlabelled volume passes the confidence threshold "
+                f"{self.options.threshold:g} ({key} lies between {spread[0]:.4f} and {spread[-1]:.4f}), so a round "
+                f"{'gives no pseudo-labels' if sure else 'adds nothing to the fine-tuning'}: "
+                f"choose terms.{self.name}.threshold in between, or measure: foreground"
+            )
+        return sure
