@@ -1,0 +1,228 @@
+"""Runs with offline stages: what they leave, that they resume, and that hidden labels stay hidden in them too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scarceseg.engine import run as run_module
+from scarceseg.engine import workspace as workspace_module
+from scarceseg.engine.loop import Loop, LoopTask
+from scarceseg.engine.run import train
+from scarceseg.errors import ConfigError, Interrupted
+from scarceseg.foundation.tiny_sam import save_tiny_sam
+from scarceseg.methods.fine_tuning import TunedTeacher
+from scarceseg.methods.pseudo_labels import PseudoLabels
+from tests.engine.test_run import lines, same
+from tests.foundation.small import small_sam
+from tests.tiny import tiny_config, tiny_dataset
+
+QUICK: dict[str, dict[str, Any]] = {
+    "mean-teacher+sfr": {"sfr": {"tune_iterations": 3}},
+    "sfr+": {"sfr+": {"tune_iterations": 3, "threshold": 0.5, "refresh_iterations": 2}},
+    "self-training": {"self-training": {"rounds": 2, "teacher_iterations": 3}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_foundation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A foundation model of the usual kind, but small, is what these runs take when none is named."""
+    file = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_tiny_sam(file, small_sam())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "DEFAULT_FOUNDATION", str(file))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+def stop_in(stage: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask every loop whose stage starts with `stage` to stop after that many iterations."""
+    original = Loop.__init__
+
+    def start(self: Loop, task: LoopTask, *rest: Any) -> None:
+        count = iter(range(1000))
+        asked = (lambda: next(count) == after - 1) if task.stage.startswith(stage) else (lambda: False)
+        original(self, task, *rest[:2], asked)
+
+    monkeypatch.setattr(Loop, "__init__", start)
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        ("mean-teacher+sfr", ["sfr-tune", "train"]),
+        ("sfr+", ["sfr+-tune", "sfr+-round1", "train"]),
+        ("self-training", ["self-training-teacher1", "self-training-teacher2"]),
+    ],
+)
+def test_stopped_in_any_stage_and_resumed_is_bit_for_bit_the_same(
+    data: Path, tmp_path: Path, method: str, stages: list[str]
+) -> None:
+    config = tiny_config(data, method=method, terms=QUICK[method])
+    train(config, tmp_path / "whole")
+    for stage in stages:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in(stage, 1, patch)
+            with pytest.raises(Interrupted):
+                train(config, tmp_path / "cut", resume=True)
+    train(config, tmp_path / "cut", resume=True)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    kept = [[(e["stage"], e["iteration"], e["loss"]) for e in lines(tmp_path / run)] for run in ("whole", "cut")]
+    assert sorted(kept[0]) == sorted(kept[1])
+
+
+@pytest.mark.parametrize("method", sorted(QUICK))
+def test_hidden_labels_are_never_opened_in_stages(tmp_path: Path, method: str) -> None:
+    for name in ("clean", "garbage"):
+        folder = tiny_dataset(tmp_path / name)
+        if name == "garbage":
+            for case in ("case_02", "case_03", "case_04"):
+                (folder / "labelsTr" / f"{case}.nii.gz").write_bytes(b"not an image")
+        config = tiny_config(folder, labeled=2, method=method, terms=QUICK[method])
+        train(config, tmp_path / f"run_{name}", cache=tmp_path / f"cache_{name}")
+    assert same(tmp_path / "run_clean", tmp_path / "run_garbage")
+
+
+def test_sfr_leaves_tuned_weights_labels_and_confidences(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, method="mean-teacher+sfr", terms={"sfr": {"tune_iterations": 2, "axes": [2, 0]}})
+    train(config, tmp_path / "run")
+    stages = tmp_path / "run" / "stages"
+    assert {p.name for p in (stages / "sfr-tune").glob("*.safetensors")} == {
+        "tuned-axis0.safetensors",
+        "tuned-axis2.safetensors",
+    }
+    table = json.loads((stages / "sfr-label" / "confidence.json").read_text())
+    assert table["foundation"] == run_module.DEFAULT_FOUNDATION and table["view"] == "whole volumes"
+    labels = PseudoLabels(stages / "sfr-label")
+    assert list(table["cases"]) == ["case_02", "case_03", "case_04"]
+    for case, row in table["cases"].items():
+        probability = labels.probability(case)
+        differs = labels.label(case) != probability.argmax(0)
+        assert np.ptp(probability[:, differs].astype(np.float32), axis=0).max(initial=0) < 1e-3  # half precision
+        assert row["confidence"] == pytest.approx(float(probability.astype(np.float32).max(0).mean()), abs=2e-3)
+    assert not list((tmp_path / "run" / "checkpoints").glob("sfr*"))
+
+
+def test_the_student_learns_the_labels_of_the_tuned_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a teacher that calls everything class 1, a student that is otherwise taught background follows it."""
+
+    def everything(self: TunedTeacher, case: Any) -> np.ndarray:
+        size = case.image.shape[1:]
+        return np.stack([np.zeros(size, np.float32), np.ones(size, np.float32)])
+
+    monkeypatch.setattr(TunedTeacher, "probability", everything)
+    config = tiny_config(
+        data,
+        method="sfr",
+        terms={"sfr": {"tune_iterations": 1, "weight": 20.0}},
+        iterations=25,
+        optim={"lr": 0.05, "schedule": "constant"},
+    )
+    train(config, tmp_path / "run")
+    losses = [e["loss/sfr"] for e in lines(tmp_path / "run") if e["stage"] == "train"]
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+
+
+def test_pseudo_labels_are_cropped_and_turned_with_the_image(data: Path, tmp_path: Path) -> None:
+    """A guess computed voxel by voxel from the image must still be that function of the image in every batch."""
+    seen = []
+
+    def guess(self: TunedTeacher, case: Any) -> np.ndarray:
+        inside = (np.asarray(case.image[0]) > 0.3).astype(np.float32)
+        return np.stack([1 - inside, inside])
+
+    original = Loop._step
+
+    def spy(self: Loop, batch: Any, iteration: int) -> Any:
+        if self.task.stage == "train":
+            seen.append(batch[1])
+        return original(self, batch, iteration)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TunedTeacher, "probability", guess)
+        patch.setattr(Loop, "_step", spy)
+        train(tiny_config(data, method="sfr", terms={"sfr": {"tune_iterations": 1}}), tmp_path / "run")
+    assert len(seen) == 6
+    for rows in seen:
+        torch.testing.assert_close(rows.fields["sfr/label"].bool(), rows.image[:, 0] > 0.3)
+
+
+def test_sfr_plus_gives_sure_volumes_to_the_tuning_and_takes_their_labels_away(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources: dict[str, list[str]] = {}
+    original = TunedTeacher.tune
+
+    def spy(self: TunedTeacher, folder: Path, stage: str, guessed: Any = (), iterations: int | None = None) -> None:
+        sources[stage] = [source.name for source in guessed]
+        original(self, folder, stage, guessed, iterations)
+
+    def predict(self: Any, network: Any, case: Any, whole: bool = False) -> np.ndarray:
+        high = 0.999 if case.name == "case_03" else 0.8
+        inside = np.asarray(case.image[0]) > 0.3
+        return np.where(np.stack([~inside, inside]), high, 1 - high).astype(np.float32)
+
+    monkeypatch.setattr(TunedTeacher, "tune", spy)
+    monkeypatch.setattr(workspace_module.Workspace, "predict", predict)
+    terms = {"sfr+": {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2}}
+    result = train(tiny_config(data, method="sfr+", terms=terms), tmp_path / "run")
+    assert sources == {"sfr+-tune": [], "sfr+-round1": ["case_03"]}
+    labels = PseudoLabels(tmp_path / "run" / "stages" / "sfr+-round1")
+    assert (np.asarray(labels.label("case_03")) == 255).all()
+    assert set(np.unique(labels.label("case_02"))) == {0, 1}
+    table = json.loads((labels.folder / "confidence.json").read_text())
+    assert table["sure"] == ["case_03"] and table["cases"]["case_02"]["confidence"] == pytest.approx(0.8, abs=1e-3)
+    assert not result.warnings
+
+
+def test_sfr_plus_warns_when_none_or_all_pass(data: Path, tmp_path: Path) -> None:
+    for threshold, word in ((1.0, "no unlabelled"), (0.0, "every")):
+        terms = {"sfr+": {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2, "threshold": threshold}}
+        result = train(tiny_config(data, method="sfr+", terms=terms), tmp_path / f"run{threshold}")
+        assert any(word in warning and "measure: foreground" in warning for warning in result.warnings)
+
+
+def test_labels_per_crop_are_those_of_the_tuned_model(data: Path, tmp_path: Path) -> None:
+    terms = {"sfr": {"tune_iterations": 2, "labels": "crop"}}
+    train(tiny_config(data, method="sfr", terms=terms, iterations=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "stages" / "sfr-label").exists()
+    assert all(e["loss/sfr"] > 0 for e in lines(tmp_path / "run") if e["stage"] == "train")
+
+
+def test_the_run_does_not_need_the_foundation_model_to_predict(data: Path, tmp_path: Path) -> None:
+    from scarceseg.inference.predictor import Predictor
+
+    train(tiny_config(data, method="sfr", terms={"sfr": {"tune_iterations": 1}}, iterations=1), tmp_path / "run")
+    for name in ("stages", "checkpoints"):
+        for path in sorted((tmp_path / "run" / name).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    assert Predictor(tmp_path / "run", device="cpu")
+
+
+def test_bad_settings_are_told_in_one_message(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="learn_from: expected a term that guesses labels"):
+        train(tiny_config(data, method="sfr", terms={"sfr": {"learn_from": "mean-teacher"}}), tmp_path / "a")
+    with pytest.raises(ConfigError, match="neither a foundation model nor a file"):
+        train(tiny_config(data, method="sfr", foundation="tiny-samm"), tmp_path / "b")
+    with pytest.raises(ConfigError, match="axes"):
+        train(tiny_config(data, method="sfr", terms={"sfr": {"axes": [3]}}), tmp_path / "c")
+
+
+def test_the_sum_may_end_with_sfr_plus(data: Path) -> None:
+    from scarceseg.methods import parse_method
+
+    assert parse_method("mean-teacher+sfr++self-training") == ["supervised", "mean-teacher", "sfr+", "self-training"]
+    with pytest.raises(ConfigError, match="empty summand"):
+        parse_method("mean-teacher++")
