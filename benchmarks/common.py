@@ -16,9 +16,21 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "src" / "scarceseg"
 
-# What a trained network and its score depend on; messages, commands and reports are left out on purpose.
-TRAINING = ("functional", "methods", "networks", "data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/ema.py",
-            "engine/seeds.py", "inference/sliding.py")  # fmt: skip
+# What every trained network and its score depend on; messages, commands and reports are left out on purpose.
+TRAINING = ("data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/seeds.py", "inference/sliding.py",
+            "networks/vnet.py", "methods/supervised.py")  # fmt: skip
+# Folders in which imports are followed from there and from the terms of a method.
+INTERFACES = {"foundation/base.py"}
+FOLLOWED = (
+    "functional",
+    "methods",
+    "networks",
+    "foundation",
+    "atlas",
+    "data/augment.py",
+    "data/whole.py",
+    "engine/ema.py",
+)
 
 # What tuning tiny-sam on mosaics depends on, and what clicks on tiny-sam3d do: the weights are part of it.
 TUNING = (
@@ -31,6 +43,38 @@ CLICKS = (
     "benchmark",
     "pretrain/volumes.py",
 )
+
+
+def training_code(method: str) -> tuple[str, ...]:
+    """Files a run of a method depends on: the common ones, its terms, and what these import; weights in the package too."""
+    from scarceseg.methods import METHODS, parse_method
+
+    terms = [METHODS.get(name) for name in parse_method(method)]
+    waiting = [*TRAINING, *(_file_of(kind.__module__) for kind in terms)]
+    found: set[str] = set()
+    if any(term.uses_foundation for term in terms):
+        waiting.append("foundation/tiny_sam.py")
+        found.add("foundation/weights_data/tiny_sam.safetensors")
+    while waiting:
+        part = waiting.pop()
+        if part not in found:
+            found.add(part)
+            waiting += [other for other in _imports(PACKAGE / part) if other.startswith(FOLLOWED)]
+    return tuple(sorted(found - INTERFACES))
+
+
+def _file_of(module: str) -> str:
+    path = module.removeprefix("scarceseg.").replace(".", "/")
+    return f"{path}.py" if (PACKAGE / f"{path}.py").exists() else f"{path}/__init__.py"
+
+
+def _imports(path: Path) -> list[str]:
+    """Modules of this package that a file imports when it runs."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scarceseg."):
+            found.append(_file_of(node.module or ""))
+    return found
 
 
 def code_hash(parts: tuple[str, ...] = TRAINING) -> str:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import CLICKS, RESULTS, ROOT, TUNING, code_hash
+from common import CLICKS, RESULTS, ROOT, TUNING, code_hash, training_code
 from scarceseg.evaluation.tables import markdown_table, published_rows
 
 STALE = "†"
@@ -28,20 +28,26 @@ def load(folder: str) -> list[dict[str, Any]]:
 
 def la_development() -> str:
     """LA development split, with the published figures (full resolution, other test cases) beside ours."""
-    now = code_hash()
-    rows = sorted(load("la_development"), key=lambda r: (r["labels"], METHODS.index(r["method"]), r["config"]["seed"]))
+    order = {name: number for number, name in enumerate(METHODS)}
+    rows = sorted(
+        load("la_development"),
+        key=lambda r: (r["labels"], order.get(r["method"], len(order)), r["method"], r.get("name", "")),
+    )
     lines = []
     for row in rows:
         published = [p.dice for p in published_rows("LA", row["labels"]) if p.method == row["method"]]
-        mark = "" if row["code"] == now else f" {STALE}"
+        mark = "" if row["code"] == code_hash(training_code(row["method"])) else f" {STALE}"
+        guesses = list(row.get("pseudo_labels", {}).values())
         lines.append(
             {
                 "labels": row["labels"],
-                "method": row["method"],
+                "method": f"{row['method']} {row.get('name', '')}".strip(),
                 "Dice [%]": f"{100 * row['dice']:.1f}{mark}",
                 "HD95 [mm]": _number(row["hd95_mm"]),
                 "ASD [mm]": _number(row["asd_mm"]),
                 "failed": row["failed"],
+                "pseudo-label Dice": " / ".join(f"{100 * guess['dice']:.1f}" for guess in guesses) or "-",
+                "minutes": f"{row['train_minutes'] + sum(row.get('stage_minutes', {}).values()):.0f}",
                 "published Dice": " / ".join(f"{p:.1f}" for p in published) or "-",
             }
         )
