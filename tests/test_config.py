@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from scarceseg.config import Config, merge, read_recipe, recipe_names
+from scarceseg.config import Config, read_recipe
 from scarceseg.engine.loop import learning_rate
-from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
 from scarceseg.registry import Registry
 from scarceseg.settings import config_from_flags
-from tests.tiny import tiny_config, tiny_dataset
 
 
 def flags(**typed: object) -> Config:
@@ -68,21 +66,34 @@ def test_unreadable_recipe(tmp_path: Path) -> None:
             read_recipe(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_opens_with_its_facts_and_runs(name: str, tmp_path: Path) -> None:
-    import scarceseg
+def test_a_recipe_builds_on_another(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "mine.yaml").write_text("base: ../ours.yaml\nplan: {patch: [32, 32, 32]}\noptim: {lr: 0.5}")
+    (tmp_path / "ours.yaml").write_text("base: la\noptim: {lr: 0.1, schedule: poly}\nlabeled: 3")
+    values = read_recipe(str(tmp_path / "deep" / "mine.yaml"))
+    assert "base" not in values
+    config = Config.build(values)
+    assert (config.plan.patch, config.plan.spacing_mm) == ((32, 32, 32), (0.625, 0.625, 0.625))
+    assert (config.optim.lr, config.optim.schedule, config.labeled, config.iterations) == (0.5, "poly", 3, 6000)
+    typed = config_from_flags(str(tmp_path / "ours.yaml"), None, ["optim.lr=0.2"], {"dataset": "d", "labeled": "2"})
+    assert (typed.optim.lr, typed.labeled, typed.optim.schedule) == (0.2, 2, "poly")
 
-    text = (Path(scarceseg.__file__).parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    head = [line for line in text.splitlines() if line.startswith("#")]
-    assert f"--recipe {name}" in text
-    assert all(any(word in line for line in head) for word in ("Command:", "Time", "xpected"))
-    small = {"plan": {"patch": [32, 32, 16], "spacing_mm": 1.0}, "iterations": 2}
-    arguments = {"feature_scale": 32} if "unet3d" in text else {"n_filters": 1}
-    quick = tiny_config(tiny_dataset(tmp_path / "data")).model_dump(mode="json")
-    config = Config.build(merge(merge(quick, read_recipe(name)), small))
-    config.network.args = arguments
-    train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "model.safetensors").exists()
+
+def test_recipes_in_a_circle_and_without_a_base(tmp_path: Path) -> None:
+    for name, base in (("a", "b.yaml"), ("b", "./c.yaml"), ("c", "a.yaml"), ("self", "self.yaml")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}")
+    (tmp_path / "lost.yaml").write_text("base: laa")
+    (tmp_path / "gone.yaml").write_text("base: nowhere.yaml")
+    (tmp_path / "several.yaml").write_text("base: [la, btcv]")
+    for name, words in (
+        ("a", r"circle: a\.yaml -> b\.yaml -> c\.yaml -> a\.yaml"),
+        ("self", r"circle: self\.yaml -> self\.yaml"),
+        ("lost", "unknown recipe 'laa': did you mean"),
+        ("gone", r"cannot read the settings in .*nowhere\.yaml"),
+        ("several", r"base: expected the name or the file of one recipe, got \['la', 'btcv'\]"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_recipe(str(tmp_path / f"{name}.yaml"))
 
 
 def test_learning_rate_keeps_the_published_proportions() -> None:

@@ -189,6 +189,24 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of one dataset, measured on the same cases.")],
+    baseline: Annotated[str | None, typer.Option(help="Test against this run's group, or this method's.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers here as JSON.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row a group, class and metric here.")] = None,
+    units: Annotated[str | None, typer.Option(help="Unit of distances: mm or voxel; default as measured.")] = None,
+    scores: Annotated[
+        str, typer.Option(help="Result of 'evaluate --json' in each run folder, such as test.json.")
+    ] = "evaluation.json",
+) -> None:
+    """Mean and spread over seeds, a paired test against a baseline, and the published figures beside them."""
+    from scarceseg.evaluation.compare import compare as compare_runs
+    from scarceseg.evaluation.comparison_tables import print_comparison
+
+    print_comparison(compare_runs(runs, baseline=baseline, json=json, csv=csv, units=units, scores=scores))  # type: ignore[arg-type]
+
+
+@app.command()
 def segment(
     image: Annotated[Path, typer.Argument(help="Image file, or folder with one DICOM series.")],
     out: Annotated[Path, typer.Option(help="Mask to write, on the grid of the image.")],

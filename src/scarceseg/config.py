@@ -108,7 +108,7 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path) -> Config:
-        """Read a saved config or a recipe file.
+        """Read a saved config; a recipe is read by `read_recipe`.
 
         Raises:
             ConfigError: not YAML, or a key or value is not one of ours.
@@ -152,16 +152,39 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name_or_file: str) -> dict[str, Any]:
-    """Values of a recipe, by its name in the package or as a file.
+    """Values of a recipe, by its name in the package or as a file, on top of those of the recipe it builds on.
+
+    The key ``base`` of a recipe names another one, in the package or as a file beside it; nested settings are merged.
 
     Raises:
-        ConfigError: neither a file nor a known name (near matches are listed).
+        ConfigError: neither a file nor a known name (near matches are listed), or recipes that build on each other in a
+            circle.
     """
-    if Path(name_or_file).suffix in {".yaml", ".yml"}:
-        return read_yaml(Path(name_or_file))
-    if name_or_file not in recipe_names():
-        raise ConfigError(f"unknown recipe {name_or_file!r}: {near_matches(name_or_file, recipe_names())}")
-    return read_yaml(Path(str(resources.files("scarceseg") / "recipes" / f"{name_or_file}.yaml")))
+    return _with_base(name_or_file, None, ())
+
+
+def _with_base(name: str, folder: Path | None, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Values of one recipe and its bases; `folder` is where relative files are looked for, `above` what led here."""
+    path = _recipe_path(name, folder)
+    here = path.resolve()
+    if here in above:
+        circle = " -> ".join(recipe.name for recipe in (*above[above.index(here) :], here))
+        raise ConfigError(f"recipes build on each other in a circle: {circle}; remove one 'base'")
+    values = read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the name or the file of one recipe, got {base!r}")
+    return merge(_with_base(base, path.parent, (*above, here)), values)
+
+
+def _recipe_path(name: str, folder: Path | None) -> Path:
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return (folder or Path()) / name
+    if name not in recipe_names():
+        raise ConfigError(f"unknown recipe {name!r}: {near_matches(name, recipe_names())}")
+    return Path(str(resources.files("scarceseg") / "recipes" / f"{name}.yaml"))
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

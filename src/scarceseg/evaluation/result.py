@@ -82,11 +82,12 @@ def mean_metrics(cases: Mapping[str, ClassMetrics]) -> ClassMetrics:
         for name, values in classes.items():
             by_class.setdefault(name, []).append(values)
     return {
-        name: {metric: _finite_mean(v[metric] for v in rows) for metric in METRICS} for name, rows in by_class.items()
+        name: {metric: finite_mean(v[metric] for v in rows) for metric in METRICS} for name, rows in by_class.items()
     }
 
 
-def _finite_mean(values: Iterable[float]) -> float:
+def finite_mean(values: Iterable[float]) -> float:
+    """Mean of the finite values; NaN when there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else math.nan
 
