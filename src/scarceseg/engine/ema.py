@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from scarceseg.functional.ramps import ema_alpha
+from scarceseg.networks.base import WithFeatures, require_halves
 from scarceseg.types import ImageBatch, Logits
 
 
@@ -44,6 +45,16 @@ class EmaTeacher(nn.Module):
     def forward(self, x: ImageBatch) -> Logits:
         """Logits in float32, without gradient."""
         return self.network(x).float()
+
+    @torch.no_grad()
+    def features(self, x: ImageBatch) -> tuple[Logits, list[torch.Tensor]]:
+        """Logits, and what the decoder computed for them from fine to coarse, in float32 and without gradient.
+
+        Raises:
+            ConfigError: the network has no encoder and decoder.
+        """
+        logits, _, decoded = WithFeatures(require_halves(self.network, "the teacher"))(x)
+        return logits.float(), [level.float() for level in decoded]
 
     @torch.no_grad()
     def update(self, student: nn.Module, iteration: int) -> None:
