@@ -97,7 +97,6 @@ def test_gradient_reaches_the_student(name: str) -> None:
     optimizer = build_optimizer(OptimConfig(lr=0.1), student, terms)
     train_step(as_called(student, terms), student, terms, optimizer, data, 3, 100, generator())
     step = step_of(student, terms, data)
-    assert step.logits_u is not None
     ramped(terms[name].loss(step)).backward()
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     assert sum(float(g.abs().sum()) for g in gradients) > 0
@@ -133,6 +132,15 @@ def test_terms_without_unlabelled_rows_ignore_them(name: str) -> None:
     labelled, _ = batch(name)
     step = forward_step(student, terms, labelled, None, 0, 100, generator())
     assert torch.isfinite(terms[name].loss(step))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not METHODS.get(n).predicts_unlabelled])
+def test_rows_whose_output_nobody_wants_are_not_computed(name: str) -> None:
+    student, terms = setup(name)
+    assert step_of(student, terms, batch(name)).logits_u is None
+    terms |= build_terms("mean-teacher", {}, 2)
+    terms["mean-teacher"].attach(student)
+    assert step_of(student, terms, batch(name)).logits_u is not None
 
 
 def test_unlabelled_rows_have_no_label() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from scarceseg.errors import ConfigError
 from scarceseg.networks import NETWORKS, build_network, divisor_of
+from scarceseg.networks.base import EncoderDecoder, channels_of
 
 
 def test_known_names() -> None:
@@ -50,3 +51,15 @@ def test_divisor_of_builds_nothing_and_leaves_the_random_state() -> None:
     assert divisor_of("vnet", {"n_filters": 16}) == (16, 16, 16)
     assert divisor_of("monai:UNet", {"channels": [4, 8, 8], "strides": [2, 2]}) == (4, 4, 4)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("name", "args"), [("vnet", {"n_filters": 2}), ("unet3d", {"feature_scale": 32})])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_of_both_halves_are_found_without_a_trace(name: str, args: dict[str, int], channels: int) -> None:
+    network = build_network(name, channels, 2, args)
+    assert isinstance(network, EncoderDecoder)
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    random = torch.get_rng_state()
+    assert channels_of(network) == ([2, 4, 8, 16, 32], [2, 4, 8, 16])
+    assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state()) and all(part.training for part in network.modules())

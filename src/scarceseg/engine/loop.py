@@ -120,7 +120,7 @@ def forward_step(
 ) -> Step:
     """Run the student once on all rows (labelled, unlabelled, the terms' own) and hand out its output."""
     parts: dict[str, ImageBatch] = {"labelled": labelled.image}
-    if unlabelled is not None:
+    if unlabelled is not None and any(_predicts_unlabelled(term) for term in terms.values()):
         parts["unlabelled"] = unlabelled.image
     for name, term in terms.items():
         extra = term.extra_inputs(labelled, unlabelled, generator)
@@ -152,6 +152,10 @@ def forward_step(
         encoded=encoded,
         decoded=decoded,
     )
+
+
+def _predicts_unlabelled(term: Term) -> bool:
+    return term.predicts_unlabelled and "unlabelled" in term.reads
 
 
 def train_step(

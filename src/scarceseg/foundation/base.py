@@ -147,9 +147,16 @@ class TunedModel(nn.Module, ABC):
 
 
 class Tunable(ABC):
-    """A model that can be fine-tuned on a few labelled volumes."""
+    """A model that can be fine-tuned on a few labelled volumes.
+
+    Attributes:
+        name: as registered, for messages and results.
+        sees: what its networks want to be shown. ``volume``: whole volumes in a fixed frame, without turns or flips, because the
+            place in the volume tells the model much. ``patch``: patches of the size given to `tunable`.
+    """
 
     name: str
+    sees: Literal["volume", "patch"] = "patch"
 
     @abstractmethod
     def tunable(self, channels: int, classes: int, tuning: Tuning, size: tuple[int, int, int]) -> TunedModel:

@@ -41,6 +41,8 @@ class TinySam(Tunable):
         augment: let tuning turn and flip the mosaic, as SFR does. Off, because it hides where in the volume a tile lies.
     """
 
+    sees = "volume"
+
     def __init__(self, sam: SamModel, name: str = KIND, augment: bool = False) -> None:
         side = image_size_of(sam)
         self.seen: Size = (side // GRID, side // GRID, GRID * GRID)

@@ -66,13 +66,15 @@ class Term(nn.Module):
     Class attributes:
         reads: which rows of the student's output the term looks at, of {"labelled", "unlabelled"}. Unlabelled rows
             are loaded and computed only when some term reads them.
-        field_kinds: per-voxel maps of unlabelled rows the term reads, by name in ``step.unlabelled.fields``.
+        predicts_unlabelled: False for a term that takes unlabelled images but not the student's output on them; the
+            student does not see those rows unless another term of the sum wants their output.
         shares_features: ask for ``step.encoded`` and ``step.decoded``.
         uses_foundation: the term needs the run's foundation model.
     """
 
     Options: ClassVar[type[TermOptions]] = TermOptions
     reads: ClassVar[frozenset[str]] = frozenset({"labelled", "unlabelled"})
+    predicts_unlabelled: ClassVar[bool] = True
     shares_features: ClassVar[bool] = False
     uses_foundation: ClassVar[bool] = False
     name: str = ""

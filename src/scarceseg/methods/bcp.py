@@ -63,6 +63,7 @@ class Bcp(Term):
     """
 
     Options: ClassVar[type[TermOptions]] = BcpOptions
+    predicts_unlabelled = False
     options: BcpOptions
     teacher: EmaTeacher
     _pasted: tuple[Unlabelled, torch.Tensor] | None = None

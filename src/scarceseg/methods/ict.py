@@ -40,6 +40,7 @@ class Ict(Term):
     """
 
     Options: ClassVar[type[TermOptions]] = IctOptions
+    predicts_unlabelled = False
     options: IctOptions
     teacher: EmaTeacher
     _mixed: tuple[Unlabelled, torch.Tensor] | None = None

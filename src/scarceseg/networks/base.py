@@ -148,6 +148,20 @@ def require_halves(network: nn.Module, term: str) -> EncoderDecoder:
     return network
 
 
+def channels_of(network: EncoderDecoder) -> tuple[list[int], list[int]]:
+    """Channels of the features that `encode` and `decode_stages` return, both from fine to coarse.
+
+    A copy of the network is tried: weights, running statistics, mode and random state stay as they are.
+    """
+    twin = copy.deepcopy(network).eval()
+    first = next(layer for layer in twin.modules() if isinstance(layer, nn.Conv3d))
+    sides = [2 * step for step in network.divisor]
+    with torch.no_grad():
+        encoded = twin.encode(first.weight.new_zeros(1, first.in_channels, *sides))
+        decoded = twin.decode_stages(encoded)
+    return [level.shape[1] for level in encoded], [level.shape[1] for level in decoded]
+
+
 def check_statistics(image: ImageBatch, divisor: tuple[int, int, int], normalization: str, training: bool) -> None:
     """Refuse an input of which so little is left at the bottleneck that its normalisation has no statistics.
 

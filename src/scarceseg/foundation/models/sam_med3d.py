@@ -13,10 +13,10 @@ from scarceseg.foundation.weights import find
 
 def build_sam_med3d(name: str, /, *, path: Path | None = None, **options: Any) -> FoundationModel:
     """SAM-Med3D on volumes."""
-    from scarceseg.foundation.sam_med3d import SamMed3D
+    from scarceseg.foundation.sam_med3d_tuned import SamMed3DModel
 
-    check_options(name, options, SamMed3D)
-    return SamMed3D.from_file(path or find(name), name=name, **options)
+    check_options(name, options, SamMed3DModel)
+    return SamMed3DModel.from_file(path or find(name), name=name, **options)
 
 
 for _name in ("sam-med3d", "sam-med3d-turbo"):
