@@ -52,6 +52,14 @@ class Display:
         if self._bar:
             self._bar.stop()
 
+    def resize(self, done: int, total: int, note: str) -> None:
+        """Report `done` of a number of steps that is known only now."""
+        if total != self.total:
+            self.total = total
+            if self._bar:
+                self._bar.update(self._task, total=total)
+        self.update(done, note=note)
+
     def update(self, done: int, loss: float | None = None, note: str | None = None) -> None:
         """Report `done` finished steps and, if known, the loss or another note."""
         if loss is not None:

@@ -1,0 +1,42 @@
+"""Copy: the labelled masks stretched onto every volume, which is what position alone tells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scarceseg.atlas.register import copy_label
+from scarceseg.methods.base import METHODS
+from scarceseg.methods.pseudo_labels import PseudoLabelTerm
+
+if TYPE_CHECKING:
+    from scarceseg.data.prepare import PreparedCase
+    from scarceseg.engine.workspace import Workspace
+
+
+@METHODS.register("copy")
+class CopyMask(PseudoLabelTerm):
+    """Pseudo-labels without a model: each labelled mask resized onto the unlabelled volume, and their mean. (ours)
+
+    No image is looked at. Where volumes are cropped around the organ, as in the LA benchmark, this alone reaches a Dice that
+    learning from few labels has to beat; on whole scans it means little.
+    """
+
+    def stages(self) -> list[str]:
+        """The labels."""
+        return ["label"]
+
+    def prepare(self, stage: str, work: Workspace) -> None:
+        """Label the pool."""
+        self.guess(work, stage, list(work.unlabelled), atlases=[case.name for case in work.labelled])
+
+    def probability_of(self, work: Workspace, case: PreparedCase) -> NDArray[np.float32]:
+        """Mean of the stretched masks ``[K, X, Y, Z]``."""
+        parts = []
+        for atlas in work.labelled:
+            assert atlas.label is not None
+            parts.append(copy_label(np.asarray(atlas.label), atlas.geometry, case.geometry, work.classes))
+        mean: NDArray[np.float32] = np.mean(parts, axis=0, dtype=np.float32)
+        return mean
