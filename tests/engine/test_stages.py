@@ -26,6 +26,8 @@ from tests.tiny import tiny_config, tiny_dataset
 QUICK: dict[str, dict[str, Any]] = {
     "mean-teacher+sfr": {"sfr": {"tune_iterations": 3}},
     "sfr+": {"sfr+": {"tune_iterations": 3, "threshold": 0.5, "refresh_iterations": 2}},
+    "mean-teacher+copy": {},
+    "atlas": {"atlas": {"workers": 1, "registration": "affine"}},
     "self-training": {"self-training": {"rounds": 2, "teacher_iterations": 3}},
 }
 
@@ -209,6 +211,55 @@ def test_the_run_does_not_need_the_foundation_model_to_predict(data: Path, tmp_p
         for path in sorted((tmp_path / "run" / name).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
     assert Predictor(tmp_path / "run", device="cpu")
+
+
+def test_copy_puts_the_labelled_mask_on_every_volume(tmp_path: Path) -> None:
+    """All volumes have one size here, so that the mask of the only labelled one must arrive as it is."""
+    folder = tiny_dataset(tmp_path / "data", classes=3)
+    train(tiny_config(folder, method="copy", labeled=1, iterations=1), tmp_path / "run", cache=tmp_path / "cache")
+    labels = PseudoLabels(tmp_path / "run" / "stages" / "copy-label")
+    (file,) = (tmp_path / "cache").glob("case_00-label*.npy")
+    for case in ("case_01", "case_04"):
+        np.testing.assert_array_equal(labels.label(case), np.load(file))
+
+
+def test_atlas_says_how_good_it_is_and_keeps_its_registrations(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        data, method="mean-teacher+atlas", terms={"atlas": {"workers": 1, "trust": "weight"}}, iterations=1
+    )
+    train(config, tmp_path / "first", cache=tmp_path / "cache")
+    table = json.loads((tmp_path / "first" / "stages" / "atlas-label" / "confidence.json").read_text())
+    assert table["atlases"] == ["case_00", "case_01"] and 0 <= table["expected_dice"]["mean"] <= 1
+    assert all(row["atlases"] for row in table["cases"].values())
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("registered again")
+
+    monkeypatch.setattr("scarceseg.atlas.pairs.align_affine", refuse)
+    monkeypatch.setattr("scarceseg.atlas.pairs.align_deformable", refuse)
+    train(config, tmp_path / "second", cache=tmp_path / "cache")
+    assert same(tmp_path / "first", tmp_path / "second")
+
+
+def test_the_model_may_learn_from_another_teachers_labels(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[str]] = {}
+    original = TunedTeacher.tune
+
+    def spy(self: TunedTeacher, folder: Path, stage: str, guessed: Any = (), iterations: int | None = None) -> None:
+        seen[stage] = [source.name for source in guessed]
+        assert all(source.label is not None for source in guessed)
+        original(self, folder, stage, guessed, iterations)
+
+    monkeypatch.setattr(TunedTeacher, "tune", spy)
+    terms = {"sfr": {"tune_iterations": 2, "learn_from": "copy"}}
+    train(tiny_config(data, method="copy+sfr", terms=terms, iterations=2), tmp_path / "run")
+    assert seen == {"sfr-tune": ["case_02", "case_03", "case_04"]}
+    entry = lines(tmp_path / "run")[-1]
+    assert entry["loss/copy"] > 0 and entry["loss/sfr"] > 0
 
 
 def test_bad_settings_are_told_in_one_message(data: Path, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ class Atlas(PseudoLabelTerm):
     """Multi-atlas segmentation as a teacher of the student (ours; classical: Iglesias & Sabuncu, MedIA 2015).
 
     Each labelled volume is registered to an unlabelled one (affine by mutual information, then deformable), its mask is
-    warped, and the masks are fused with weights by local similarity. The agreement of the atlases is the weight of a voxel, for ``trust:
-    weight``. No network and no foundation model is needed; labels are made once and used as SFR's are.
+    warped, and the masks are fused with weights by local similarity. The agreement of the atlases is the weight of a voxel,
+    for ``trust: weight``. No network and no foundation model is needed; labels are made once and used as SFR's are.
     """
 
     Options: ClassVar[type[TermOptions]] = AtlasTermOptions

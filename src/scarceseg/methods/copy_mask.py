@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from scarceseg.atlas.register import copy_label
+from scarceseg.atlas.warp import copy_label
 from scarceseg.methods.base import METHODS
 from scarceseg.methods.pseudo_labels import PseudoLabelTerm
 

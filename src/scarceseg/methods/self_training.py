@@ -34,8 +34,9 @@ class SelfTrainingOptions(PseudoLabelOptions):
 class SelfTraining(PseudoLabelTerm):
     """``0.5 (CE + Dice)`` on the arg-max of an earlier network, in rounds (after Zou et al., ECCV 2018).
 
-    Without the class balance of that paper. Stages: `teacher1` trains a fresh network on the labelled volumes, `label1` labels the pool with it, `teacher2` trains another
-    on both, and so on. The run then trains the student on the labels of the last round.
+    Without the class balance of that paper. Stages: `teacher1` trains a fresh network on the labelled volumes, `label1`
+    labels the pool with it, `teacher2` trains another on both, and so on. The run then trains the student on the
+    labels of the last round.
     """
 
     Options: ClassVar[type[TermOptions]] = SelfTrainingOptions

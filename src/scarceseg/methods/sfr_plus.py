@@ -49,7 +49,8 @@ class SfrPlus(Sfr):
     """SFR with confidence-selective alternation (Li et al., IEEE TMI 2025, SFR+).
 
     Before each round but the first the student labels the pool. A volume with confidence
-    ``C = mean_v max_c p(c) >= tau`` joins the fine-tuning set with the student's label; the others get fresh pseudo-labels of the tuned model.
+    ``C = mean_v max_c p(c) >= tau`` joins the fine-tuning set with the student's label; the others get fresh pseudo-labels of
+    the tuned model.
 
     Differs from the paper: C counts easy background, so the confidence over the foreground is reported beside it and can take
     its place (`measure`); a round in which none or all volumes pass is warned of.

@@ -1,0 +1,122 @@
+"""Independent jobs over worker processes, with progress; the results do not depend on how many there are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import SimpleITK as sitk
+import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Progress = Callable[[int, int, str], None]
+
+
+def count_workers(workers: int | None) -> int:
+    """`workers`, or the number of cores this process may use."""
+    if workers is not None:
+        return max(workers, 1)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Spread:
+    """A pool of processes that is started with the first job that needs one.
+
+    With one worker everything happens in the calling process. When worker processes die (too little memory, or a
+    script without a ``__main__`` guard), the work goes on in the calling process, with a warning.
+    """
+
+    def __init__(self, workers: int, total: int, on_progress: Progress | None) -> None:
+        self.workers = workers
+        self.total = total
+        self.done = 0
+        self._on_progress = on_progress
+        self._pool: ProcessPoolExecutor | None = None
+        self._broken = False
+
+    def __enter__(self) -> Spread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(
+        self,
+        function: Callable[[Job], None],
+        jobs: Sequence[Job],
+        is_done: Callable[[Job], bool],
+        text: Callable[[Job], str],
+    ) -> None:
+        """Do the jobs that are not done yet."""
+        waiting = [job for job in jobs if not is_done(job)]
+        self.done += len(jobs) - len(waiting)
+        for _ in self.results(function, waiting, text):
+            pass
+
+    def results(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], text: Callable[[Job], str]
+    ) -> Iterator[Result]:
+        """Results in the order of the jobs; a few are made ahead."""
+        for job, result in zip(jobs, self._results(function, jobs), strict=True):
+            self.done += 1
+            if self._on_progress:
+                self._on_progress(self.done, self.total, text(job))
+            yield result
+
+    def _results(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+        if self.workers == 1 or len(jobs) < 2:
+            yield from map(function, jobs)
+            return
+        waiting: deque[tuple[Job, Future[Result] | None]] = deque()
+        for job in jobs:
+            waiting.append((job, self._submit(function, job)))
+            if len(waiting) >= 2 * self.workers:
+                yield self._result(function, *waiting.popleft())
+        while waiting:
+            yield self._result(function, *waiting.popleft())
+
+    def _submit(self, function: Callable[[Job], Result], job: Job) -> Future[Result] | None:
+        if self._pool is None and not self._broken:
+            # Started afresh and not forked: a copy of a process that has threads may hang.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_one_thread)
+        try:
+            return self._pool.submit(function, job) if self._pool is not None else None
+        except BrokenProcessPool:
+            return None
+
+    def _result(self, function: Callable[[Job], Result], job: Job, future: Future[Result] | None) -> Result:
+        if future is not None:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                self._give_up_processes()
+        return function(job)
+
+    def _give_up_processes(self) -> None:
+        if self._broken:
+            return
+        self._broken = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=False)
+            self._pool = None
+        warnings.warn(
+            'worker processes ended early (too little memory, or a script without an `if __name__ == "__main__":` '
+            "guard); going on in one process",
+            stacklevel=2,
+        )
+
+
+def _one_thread() -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    torch.set_num_threads(1)
