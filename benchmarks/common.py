@@ -38,7 +38,7 @@ TUNING = (
     "foundation/weights_data/tiny_sam.safetensors",
 )
 CLICKS = (
-    *(f"foundation/{name}.py" for name in ("base", "clicks", "tiny_sam3d", "tiny_sam3d_net")),
+    *(f"foundation/{name}.py" for name in ("clicks", "tiny_sam3d", "tiny_sam3d_net")),
     "foundation/weights_data/tiny_sam3d.safetensors",
     "benchmark",
     "pretrain/volumes.py",

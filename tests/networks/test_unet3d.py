@@ -40,7 +40,9 @@ def test_default_is_instance_norm_and_batch_norm_means_batch_norm() -> None:
     assert sum(isinstance(m, nn.InstanceNorm3d) for m in default.modules()) == 18
     assert sum(isinstance(m, nn.BatchNorm3d) for m in batch.modules()) == 18
     x = torch.randn(2, 1, 32, 16, 16)
-    exact = default.double().eval()  # two voxels at the bottleneck: instance norm magnifies the rounding of single precision
+    exact = (
+        default.double().eval()
+    )  # two voxels at the bottleneck: instance norm magnifies the rounding of single precision
     alone = torch.cat([exact(x[:1].double()), exact(x[1:].double())])
     torch.testing.assert_close(exact(x.double()), alone)  # no cross-talk between the rows of a batch
     batch(x)
