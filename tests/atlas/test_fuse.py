@@ -165,9 +165,11 @@ def test_two_copies_of_one_atlas_count_once_in_joint_fusion() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     probabilities, warped, image = made()
-    with pytest.raises(ConfigError, match="one grid"):
-        fuse(probabilities[:, :, 1:], warped, image, Fusion())
-    with pytest.raises(ConfigError, match="one grid"):
-        fuse(probabilities[:2], warped, image, Fusion())
     with pytest.raises(ConfigError, match="expected probabilities"):
-        fuse(probabilities[0], warped, image, Fusion())
+        fuse(probabilities[:, :, 1:], warped, image, Fusion())
+    with pytest.raises(ConfigError, match="of 3 atlases, got 2"):
+        fuse(probabilities[:2], warped, image, Fusion())
+    with pytest.raises(ConfigError, match="number 3"):
+        fuse(probabilities, warped[:2], image, Fusion())
+    with pytest.raises(ConfigError, match="expected warped images"):
+        fuse(probabilities, warped[:, :1], image, Fusion())

@@ -6,7 +6,8 @@ displacement is then found in two stages:
 
 1. *Convex search* (Heinrich, Papiez, Schnabel & Handels 2014): the cost of every displacement of a small cube is
    tabulated for every node of a coarse grid, and the pointwise best one is taken in turn with smoothing of the field,
-   while a growing quadratic term ties the two together. This does not get caught in the nearest local minimum.
+   while a growing quadratic term ties the two together. This does not get caught in the nearest local minimum. Done
+   both ways between the volumes, and again on a finer grid.
 2. *Descent* (Siebert, Hansen & Heinrich 2021): Adam on the nodes of a finer grid, squared feature differences plus
    squared first differences of the field.
 
@@ -16,6 +17,7 @@ Everything is deterministic: no sampling, no initial guess by chance.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +99,9 @@ def warp(values: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
     )
 
 
-def enlarge(displacement: torch.Tensor, size: tuple[int, ...], factor: float) -> torch.Tensor:
+def enlarge(displacement: torch.Tensor, size: Sequence[int], factor: float) -> torch.Tensor:
     """A field on the grid of another resolution over the same box, in voxels of that grid."""
-    return F.interpolate(displacement, size=size, mode="trilinear", align_corners=False) * factor
+    return F.interpolate(displacement, size=tuple(size), mode="trilinear", align_corners=False) * factor
 
 
 def cost_table(fixed: torch.Tensor, moving: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,37 +174,55 @@ def descend(
     return spline(nodes.detach())
 
 
+def search_levels(
+    fixed: torch.Tensor, moving: torch.Tensor, levels: Sequence[tuple[int, int]], control: int
+) -> torch.Tensor:
+    """Displacement by convex searches, each starting from what the one before has found.
+
+    Args:
+        fixed, moving: features ``[1, C, X, Y, Z]``.
+        levels: (voxels between nodes, radius of the search in nodes).
+        control: voxels between nodes of the result.
+
+    Returns:
+        ``[1, 3, X/control, Y/control, Z/control]`` in nodes.
+    """
+    field, before = fixed.new_zeros(1, 3, 1, 1, 1), 1
+    for stride, radius in levels:
+        a, b = F.avg_pool3d(fixed, stride), F.avg_pool3d(moving, stride)
+        field = enlarge(field, a.shape[2:], before / stride)
+        b = warp(b, field)
+        forward = convex_search(*cost_table(a, b, radius))
+        backward = convex_search(*cost_table(b, a, radius))
+        step = consistent(forward, backward)
+        field, before = step + warp(field, step), stride
+    return enlarge(field, [n // control for n in fixed.shape[2:]], before / control)
+
+
 def deformable(
     fixed: torch.Tensor,
     moving: torch.Tensor,
-    search: int = 3,
-    radius: int = 3,
-    control: int = 2,
-    iterations: int = 60,
-    smoothness: float = 0.75,
+    levels: Sequence[tuple[int, int]] = ((4, 4), (3, 2)),
+    control: int = 3,
+    iterations: int = 30,
+    smoothness: float = 0.3,
 ) -> torch.Tensor:
     """Displacement of fixed voxels to where they are in the moving volume.
 
     Args:
-        fixed, moving: ``[X, Y, Z]`` float32 on one grid; sides are multiples of `search` and `control`.
-        search: voxels between nodes of the convex search.
-        radius: of the search, nodes.
+        fixed, moving: ``[X, Y, Z]`` float32 on one grid; sides are multiples of all strides and of `control`.
+        levels: of the discrete search, see `search_levels`.
         control: voxels between nodes of the descent.
         iterations: of the descent; 0 leaves it out.
-        smoothness: weight of the field's first differences.
+        smoothness: weight of the field's first differences in the descent.
 
     Returns:
         ``[3, X/control, Y/control, Z/control]`` in voxels of the volumes.
     """
-    size = tuple(fixed.shape)
-    nodes = tuple(n // control for n in size)
     with torch.no_grad():
-        features = [self_similarity(volume) for volume in (fixed, moving)]
-        a, b = (F.avg_pool3d(feature, search) for feature in features)
-        forward = convex_search(*cost_table(a, b, radius))
-        backward = convex_search(*cost_table(b, a, radius))
-        field = enlarge(consistent(forward, backward), nodes, search / control)
-        a, b = (F.avg_pool3d(feature, control) for feature in features)
+        a, b = self_similarity(fixed), self_similarity(moving)
+        field = search_levels(a, b, levels, control)
+        a, b = F.avg_pool3d(a, control), F.avg_pool3d(b, control)
     if iterations:
         field = descend(a, b, field, iterations, smoothness)
     return field[0] * control

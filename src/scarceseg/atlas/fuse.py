@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 
 from scarceseg.errors import ConfigError
+from scarceseg.types import LabelMap
 
 Array = NDArray[np.float32]
 
@@ -36,11 +38,12 @@ class Fusion(BaseModel):
     ridge: float = Field(0.1, gt=0)
 
 
-def fuse(probabilities: Array, warped_images: Array, image: Array, how: Fusion) -> tuple[Array, Array]:
+def fuse(probabilities: Iterable[Array], warped_images: Array, image: Array, how: Fusion) -> tuple[Array, Array]:
     """Fuse atlases voxel by voxel.
 
     Args:
-        probabilities: ``[A, K, X, Y, Z]`` of each atlas.
+        probabilities: ``[A, K, X, Y, Z]``, or anything that gives ``[K, X, Y, Z]`` of one atlas after the other; they
+            are not kept, so that many classes need the memory of two atlases only.
         warped_images: ``[A, C, X, Y, Z]``, the atlases' images on the same grid.
         image: ``[C, X, Y, Z]`` of the volume to label.
         how: weights.
@@ -52,18 +55,39 @@ def fuse(probabilities: Array, warped_images: Array, image: Array, how: Fusion) 
     Raises:
         ConfigError: shapes that do not fit each other.
     """
-    _check(probabilities, warped_images, image)
-    votes = probabilities
-    if how.kind == "majority":
-        own = probabilities.argmax(1)
-        votes = (own[:, None] == np.arange(probabilities.shape[1])[None, :, None, None, None]).astype(np.float32)
+    if warped_images.ndim != 5 or not len(warped_images) or warped_images.shape[1:] != image.shape:
+        raise ConfigError(
+            "fusion: expected warped images [A, C, X, Y, Z] on the grid of the image [C, X, Y, Z], got "
+            f"{warped_images.shape} and {image.shape}"
+        )
     weights = fusion_weights(warped_images, image, how)
-    fused = np.einsum("axyz,akxyz->kxyz", weights, votes, dtype=np.float32, casting="same_kind")
+    fused, own = _add_up(probabilities, weights, how.kind == "majority")
     fused /= fused.sum(0, keepdims=True)
-    if len(probabilities) == 1:
+    if len(own) == 1:
         return fused, local_correlation(warped_images[0], image, how.window)
-    same = probabilities.argmax(1) == fused.argmax(0)
-    return fused, np.clip((weights * same).sum(0), 0, 1).astype(np.float32)
+    winner = fused.argmax(0)
+    agreement = np.zeros(winner.shape, dtype=np.float32)
+    for weight, label in zip(weights, own, strict=True):
+        agreement += weight * (label == winner)
+    return fused, np.clip(agreement, 0, 1)
+
+
+def _add_up(probabilities: Iterable[Array], weights: Array, vote: bool) -> tuple[Array, list[LabelMap]]:
+    """Weighted sum over atlases, ``[K, X, Y, Z]``, and every atlas's own label."""
+    fused, own = np.zeros(0, dtype=np.float32), []
+    for number, one in enumerate(probabilities):
+        if one.shape[1:] != weights.shape[1:] or number == len(weights):
+            raise ConfigError(
+                f"fusion: expected probabilities [K, {', '.join(map(str, weights.shape[1:]))}] of {len(weights)} "
+                f"atlases, got {one.shape} for number {number + 1}"
+            )
+        own.append(one.argmax(0).astype(np.uint8))
+        if vote:
+            one = (own[-1] == np.arange(len(one))[:, None, None, None]).astype(np.float32)
+        fused = weights[number] * one if number == 0 else fused + weights[number] * one
+    if len(own) != len(weights):
+        raise ConfigError(f"fusion: expected probabilities of {len(weights)} atlases, got {len(own)}")
+    return fused, own
 
 
 def fusion_weights(warped_images: Array, image: Array, how: Fusion) -> Array:
@@ -133,17 +157,3 @@ def _standard(channel: Array) -> NDArray[np.float64]:
 
 def _mean(values: NDArray[Any], window: int) -> NDArray[np.float64]:
     return ndimage.uniform_filter(values, window, mode="nearest")
-
-
-def _check(probabilities: Array, warped_images: Array, image: Array) -> None:
-    if probabilities.ndim != 5 or warped_images.ndim != 5 or image.ndim != 4:
-        raise ConfigError(
-            "expected probabilities [A, K, X, Y, Z], warped images [A, C, X, Y, Z] and an image [C, X, Y, Z], got "
-            f"{probabilities.shape}, {warped_images.shape} and {image.shape}"
-        )
-    grids = {probabilities.shape[2:], warped_images.shape[2:], image.shape[1:]}
-    if len(grids) > 1 or len(probabilities) != len(warped_images) or warped_images.shape[1] != len(image):
-        raise ConfigError(
-            "atlases and image must lie on one grid and have the same channels, got probabilities "
-            f"{probabilities.shape}, warped images {warped_images.shape} and an image {image.shape}"
-        )

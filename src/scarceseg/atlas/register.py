@@ -16,7 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from scarceseg.atlas.affine import affine_register, scaled
 from scarceseg.atlas.deform import deformable
@@ -36,7 +36,7 @@ AFFINE_COARSER = 2.0
 RANK_WINDOW = 5
 """Side of the cube of `Alignment.similarity`, voxels of the affine step."""
 
-AFFINE_UNUSED = {"search", "radius", "control", "iterations", "smoothness"}
+AFFINE_UNUSED = {"levels", "control", "iterations", "smoothness"}
 COPY_UNUSED = AFFINE_UNUSED | {"affine_iterations", "affine_sampling", "seed"}
 
 
@@ -51,8 +51,7 @@ class Registration(BaseModel):
         voxels: of the fixed volume at most, when `spacing_mm` is None.
         affine_iterations: at most, per level.
         affine_sampling: share of voxels the mutual information reads.
-        search: voxels between nodes of the discrete search of the deformation.
-        radius: of the search, nodes.
+        levels: of the discrete search of the deformation, coarse to fine: (voxels between nodes, radius in nodes).
         control: voxels between nodes of the deformation.
         iterations: of the descent that refines it.
         smoothness: of the deformation.
@@ -67,11 +66,10 @@ class Registration(BaseModel):
     voxels: int = Field(400_000, ge=1000)
     affine_iterations: int = Field(60, ge=1)
     affine_sampling: float = Field(1.0, gt=0, le=1)
-    search: int = Field(3, ge=1)
-    radius: int = Field(3, ge=1)
-    control: int = Field(2, ge=1)
-    iterations: int = Field(60, ge=0)
-    smoothness: float = Field(0.75, ge=0)
+    levels: tuple[tuple[PositiveInt, PositiveInt], ...] = ((4, 4), (3, 2))
+    control: int = Field(3, ge=1)
+    iterations: int = Field(30, ge=0)
+    smoothness: float = Field(0.3, ge=0)
     seed: int = 0
 
     def up_to(self, stage: Stage) -> Registration:
@@ -183,12 +181,14 @@ def align_deformable(
     if start.note:
         return start
     spacing = working_spacing(fixed_geometry, moving_geometry, how)
-    grid = _padded_grid(box_geometry(fixed_geometry), spacing, math.lcm(how.search, how.control))
+    grid = _padded_grid(
+        box_geometry(fixed_geometry), spacing, math.lcm(how.control, *(stride for stride, _ in how.levels))
+    )
     with one_thread():
         target = on_grid(boxed(a, fixed_geometry, spacing), grid, sitk.AffineTransform(3))
         atlas = on_grid(boxed(b, moving_geometry, spacing), grid, _affine_transform(start.affine))
         volumes = torch.from_numpy(target), torch.from_numpy(atlas)
-        field = deformable(*volumes, how.search, how.radius, how.control, how.iterations, how.smoothness)
+        field = deformable(*volumes, how.levels, how.control, how.iterations, how.smoothness)
     if not torch.isfinite(field).all():
         return replace(start, note="the deformation did not stay finite")
     nodes = respace(grid, (how.control * spacing,) * 3)

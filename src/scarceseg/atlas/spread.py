@@ -80,7 +80,7 @@ class Spread:
         waiting: deque[tuple[Job, Future[Result] | None]] = deque()
         for job in jobs:
             waiting.append((job, self._submit(function, job)))
-            if len(waiting) >= 2 * self.workers:
+            if len(waiting) > self.workers:
                 yield self._result(function, *waiting.popleft())
         while waiting:
             yield self._result(function, *waiting.popleft())

@@ -213,16 +213,25 @@ def _most_similar(pairs: Sequence[Pair], options: AtlasOptions) -> list[Pair]:
 
 
 def _labelled(job: _Labelling) -> AtlasLabel:
-    probabilities, images, notes = [], [], []
-    target = job.target.geometry
-    for pair, label in job.atlases:
-        alignment = kept_alignment(pair)
-        transform = alignment.transform(target, pair.moving.geometry)
-        probabilities.append(warp_label(label, pair.moving.geometry, transform, target, job.classes))
-        images.append(warp_image(pair.moving.image, pair.moving.geometry, transform, target))
-        if alignment.note:
-            notes.append(f"{pair.moving.name} to {job.target.name}: {alignment.note}; used its {alignment.stage} step")
-    probability, agreement = fuse(np.stack(probabilities), np.stack(images), job.target.image, job.fusion)
+    grid = job.target.geometry
+    found = [(pair, label, kept_alignment(pair)) for pair, label in job.atlases]
+    transforms = [one.transform(grid, pair.moving.geometry) for pair, _, one in found]
+    images = np.stack(
+        [
+            warp_image(pair.moving.image, pair.moving.geometry, way, grid)
+            for (pair, _, _), way in zip(found, transforms, strict=True)
+        ]
+    )
+    shares = (
+        warp_label(label, pair.moving.geometry, way, grid, job.classes)
+        for (pair, label, _), way in zip(found, transforms, strict=True)
+    )
+    probability, agreement = fuse(shares, images, job.target.image, job.fusion)
+    notes = [
+        f"{pair.moving.name} to {job.target.name}: {one.note}; its {one.stage} step is used"
+        for pair, _, one in found
+        if one.note
+    ]
     names = tuple(pair.moving.name for pair, _ in job.atlases)
     return AtlasLabel(
         job.target.name, probability, probability.argmax(0).astype(np.uint8), agreement, names, tuple(notes)
