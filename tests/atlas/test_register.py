@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from scarceseg.atlas.affine import scaled
 from scarceseg.atlas.register import Registration, align, register, working_spacing
 from scarceseg.atlas.warp import copy_label, warp_image, warp_label
 from scarceseg.errors import ConfigError, DataError
@@ -30,9 +31,7 @@ GRIDS = {
 }
 
 
-def carried(
-    fixed: Geometry, moving: Geometry, how: Registration, **deformation: float | tuple | NDArray
-) -> list[float]:
+def carried(fixed: Geometry, moving: Geometry, how: Registration, **deformation: Any) -> list[float]:
     """Dice of both organs when the undeformed body on `moving` is brought onto the deformed one on `fixed`."""
     image, reference = body(fixed, seed=1, **deformation)
     atlas, label = body(moving, seed=2)
@@ -69,7 +68,7 @@ def test_a_bend_is_undone_whatever_the_contrast(moving: Geometry, contrast: floa
     affine = carried(fixed, moving, Registration(stage="affine"), bent=5.0, contrast=contrast)
     after = carried(fixed, moving, Registration(), bent=5.0, contrast=contrast)
     assert np.mean(after) > np.mean(affine) + 0.05
-    assert min(after) > 0.85
+    assert min(after) > 0.8
 
 
 def test_the_displacement_is_the_bend_itself() -> None:
@@ -79,7 +78,7 @@ def test_the_displacement_is_the_bend_itself() -> None:
     points = body_points(fixed)
     errors = []
     for index in np.argwhere(reference > 0)[::40]:
-        point = points[(slice(None), *index)]
+        point = points[:, index[0], index[1], index[2]]
         found = transform.TransformPoint(world_of(fixed, point))
         errors.append(np.linalg.norm(np.subtract(found, world_of(moving, bend(point, 4.0)))))
     assert np.median(errors) < 1.6  # mm, of voxels of 2 mm and displacements of 4
@@ -158,6 +157,15 @@ def test_a_failing_affine_step_falls_back_to_the_copy() -> None:
     assert found.stage == "copy"
     assert "affine registration failed" in found.note
     assert "\n" not in found.note
+
+
+def test_an_affine_step_gone_astray_falls_back_to_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scarceseg.atlas.register.affine_register", lambda *_: scaled(np.array([2.0, 2.0, 2.0])))
+    image, _ = body(grid())
+    found = align(image, grid(), image, grid(), Registration())
+    assert found.stage == "copy"
+    assert "a factor of 8" in found.note
+    np.testing.assert_array_equal(found.affine, np.eye(3, 4))
 
 
 def test_a_deformation_that_is_not_finite_falls_back_to_the_affine_step(monkeypatch: pytest.MonkeyPatch) -> None:

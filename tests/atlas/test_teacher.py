@@ -72,7 +72,7 @@ def test_the_labels_are_those_of_the_functions_put_together(tmp_path: Path) -> N
         assert atlas.label is not None
         shares.append(warp_label(atlas.label, atlas.geometry, transform, target.geometry, 3))
         images.append(warp_image(atlas.image, atlas.geometry, transform, target.geometry))
-    probability, agreement = fuse(np.stack(shares), np.stack(images), target.image, FAST.fusion)
+    probability, agreement = fuse(np.stack(shares), np.stack(images), target.image, FAST.fusion, (2.0, 2.0, 2.0))
     np.testing.assert_array_equal(made.probability, probability)
     np.testing.assert_array_equal(made.label, probability.argmax(0))
     np.testing.assert_array_equal(made.agreement, agreement)
@@ -120,7 +120,8 @@ def test_other_options_of_the_deformation_keep_the_affine_step(tmp_path: Path, m
 
 
 def test_a_stopped_job_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = pairs.align_deformable, []
+    real = pairs.align_deformable
+    calls: list[Any] = []
 
     def tired(*args: Any) -> Any:
         if len(calls) == 2:
@@ -149,7 +150,12 @@ def test_only_the_most_similar_atlases_are_registered_fully(tmp_path: Path, monk
     unlike = [replace(ATLASES[0], name=f"x{k}", image=np.roll(ATLASES[0].image, 9 + k, axis=1 + k)) for k in range(2)]
     full = []
     real = pairs.align_deformable
-    monkeypatch.setattr(pairs, "align_deformable", lambda *args: (full.append(args), real(*args))[1])
+
+    def counted(*args: Any) -> Any:
+        full.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(pairs, "align_deformable", counted)
     options = FAST.model_copy(update={"max_atlases": 2})
     (made,) = atlas_labels(TARGETS[1:], [*unlike, *ATLASES[::2]], 3, options, workers=1, cache=tmp_path)
     assert made.atlases == ("a", "c") or made.atlases == ("c", "a")
@@ -200,6 +206,8 @@ def test_bad_atlases_are_refused(tmp_path: Path) -> None:
         list(atlas_labels(TARGETS[:1], TARGETS[1:], 3, cache=tmp_path))
     with pytest.raises(DataError, match="values 0 to 1"):
         list(copy_labels(TARGETS, ATLASES, 2))
+    with pytest.raises(ConfigError, match="a is the only atlas"):
+        list(atlas_labels(ATLASES[:1], ATLASES[:1], 3, cache=tmp_path))
     with pytest.raises(ConfigError, match="two or more"):
         expected_dice(ATLASES[:1], 3, cache=tmp_path)
 

@@ -4,11 +4,11 @@ Both volumes lie on one grid already (after an affine step). Every voxel is desc
 it are to each other (MIND-SSC), which survives another contrast or a bias field, unlike intensity differences. The
 displacement is then found in two stages:
 
-1. *Convex search* (Heinrich, Papiez, Schnabel & Handels 2014): the cost of every displacement of a small cube is
+1. *Convex search* (Heinrich, Papiez, Schnabel & Handels, WBIR 2014): the cost of every displacement of a small cube is
    tabulated for every node of a coarse grid, and the pointwise best one is taken in turn with smoothing of the field,
    while a growing quadratic term ties the two together. This does not get caught in the nearest local minimum. Done
    both ways between the volumes, and again on a finer grid.
-2. *Descent* (Siebert, Hansen & Heinrich 2021): Adam on the nodes of a finer grid, squared feature differences plus
+2. *Descent* (Siebert, Hansen & Heinrich, Learn2Reg 2021): Adam on the nodes of a finer grid, squared feature differences plus
    squared first differences of the field.
 
 Everything is deterministic: no sampling, no initial guess by chance.
@@ -30,7 +30,7 @@ PAIRS = tuple(
 )
 """The twelve pairs of face neighbours that lie a diagonal apart."""
 
-COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+COUPLING = (0.003, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Weights of the term between the smooth field and the pointwise best displacements, one per round of the search."""
 
 FEATURE_WEIGHT = 12.0
@@ -38,7 +38,7 @@ FEATURE_WEIGHT = 12.0
 
 
 def self_similarity(volume: torch.Tensor, dilation: int = 2) -> torch.Tensor:
-    """MIND-SSC features (Heinrich et al. 2013, eq. 1 and 2).
+    """MIND-SSC features (Heinrich et al., MICCAI 2013).
 
     ``exp(-(D_k - min_k D_k) / V)`` for the twelve pairs k of face neighbours of a voxel, where ``D_k`` is the mean
     squared difference of the 3x3x3 patches around the two, and V is the mean of these over k, kept within a factor of
@@ -125,14 +125,15 @@ def cost_table(fixed: torch.Tensor, moving: torch.Tensor, radius: int) -> tuple[
 
 
 def convex_search(table: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """A smooth field of low cost, ``[1, 3, X, Y, Z]`` in nodes (Heinrich et al. 2014, eq. 4 and 5, alternated)."""
+    """A smooth field of low cost, ``[1, 3, X, Y, Z]`` in nodes (see the top of this file)."""
     size = table.shape[:3]
     flat = table.flatten(0, 2)
 
     def best(costs: torch.Tensor) -> torch.Tensor:
         return smooth(steps[costs.argmin(1)].T.reshape(1, 3, *size))
 
-    field = best(flat)
+    # From no displacement, so that flat places, where all steps cost the same, stay where they are.
+    field = flat.new_zeros(1, 3, *size)
     length = steps.square().sum(1)
     for coupling in COUPLING:
         # |step - field|^2 without the part that is the same for all steps

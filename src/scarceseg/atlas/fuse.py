@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 
 from scarceseg.errors import ConfigError
-from scarceseg.types import LabelMap
 
 Array = NDArray[np.float32]
 
@@ -20,25 +20,34 @@ FLAT = 1e-3
 
 
 class Fusion(BaseModel):
-    """How atlases are weighed.
+    """How atlases are weighed, and how the confidence is made.
 
     Attributes:
         kind: "mean" of the probabilities; "majority" of the atlases' own labels; "local" weighs each atlas at each
-            voxel by its similarity to the image there; "joint" also takes into account which atlases err together.
-        window: side of the cube in which images are compared, voxels, odd.
-        power: of the local correlation in "local"; of the expected errors in "joint" (1 is the published 2 halved).
-        ridge: added to the diagonal in "joint", relative to the mean error.
+            voxel by the correlation of its image with the target's there; "joint" also by which atlases err together.
+        window_mm: side of the cube in which images are compared.
+        power: of the correlation in "local", of the shared errors in "joint".
+        ridge: in "joint", added to the diagonal of the shared errors, relative to their mean; more of it brings the
+            weights nearer to equal ones.
+        doubt_mm: how far an outline may be misplaced: standard deviation of the Gaussian of the agreement.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["mean", "majority", "local", "joint"] = "local"
-    window: int = Field(5, ge=1)
-    power: float = Field(4.0, gt=0)
-    ridge: float = Field(0.1, gt=0)
+    kind: Literal["mean", "majority", "local", "joint"] = "joint"
+    window_mm: float = Field(11.0, gt=0)
+    power: float = Field(1.0, gt=0)
+    ridge: float = Field(1.0, gt=0)
+    doubt_mm: float = Field(2.5, ge=0)
 
 
-def fuse(probabilities: Iterable[Array], warped_images: Array, image: Array, how: Fusion) -> tuple[Array, Array]:
+def fuse(
+    probabilities: Iterable[Array],
+    warped_images: Array,
+    image: Array,
+    how: Fusion,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+) -> tuple[Array, Array]:
     """Fuse atlases voxel by voxel.
 
     Args:
@@ -47,10 +56,10 @@ def fuse(probabilities: Iterable[Array], warped_images: Array, image: Array, how
         warped_images: ``[A, C, X, Y, Z]``, the atlases' images on the same grid.
         image: ``[C, X, Y, Z]`` of the volume to label.
         how: weights.
+        spacing_mm: of the grid.
 
     Returns:
-        ``[K, X, Y, Z]`` float32 that sums to one over K, and the agreement ``[X, Y, Z]`` in [0, 1]: the weight of the
-        atlases whose own label is the fused one. Of a single atlas it is the local similarity of the two images.
+        ``[K, X, Y, Z]`` float32 that sums to one over K, and the `agreement` ``[X, Y, Z]`` in [0, 1].
 
     Raises:
         ConfigError: shapes that do not fit each other.
@@ -60,62 +69,87 @@ def fuse(probabilities: Iterable[Array], warped_images: Array, image: Array, how
             "fusion: expected warped images [A, C, X, Y, Z] on the grid of the image [C, X, Y, Z], got "
             f"{warped_images.shape} and {image.shape}"
         )
-    weights = fusion_weights(warped_images, image, how)
-    fused, own = _add_up(probabilities, weights, how.kind == "majority")
+    weights = fusion_weights(warped_images, image, how, spacing_mm)
+    fused = _add_up(probabilities, weights, how.kind == "majority")
     fused /= fused.sum(0, keepdims=True)
-    if len(own) == 1:
-        return fused, local_correlation(warped_images[0], image, how.window)
+    return fused, agreement(fused, how.doubt_mm, spacing_mm)
+
+
+def agreement(fused: Array, doubt_mm: float, spacing_mm: Sequence[float]) -> Array:
+    """How much of the neighbourhood's probability, over atlases and places, is for the fused label.
+
+    The fused probability of a voxel's winning class, averaged with a Gaussian of the typical error of placement. With
+    several atlases this is their agreement; it also holds for a single atlas, which has nobody to disagree with but is
+    unsure near its outlines. (Measured on LA: the area under the curve for telling right from wrong voxels is 0.95;
+    without the Gaussian it is 0.70 for one atlas and 0.90 for four, and that of local image similarity is 0.53.)
+
+    Args:
+        fused: ``[K, X, Y, Z]``, sums to one over K.
+        doubt_mm: standard deviation of the Gaussian; 0 leaves the probability itself.
+        spacing_mm: of the grid.
+
+    Returns:
+        ``[X, Y, Z]`` float32 in [0, 1].
+    """
+    sigma = [doubt_mm / step for step in spacing_mm]
     winner = fused.argmax(0)
-    agreement = np.zeros(winner.shape, dtype=np.float32)
-    for weight, label in zip(weights, own, strict=True):
-        agreement += weight * (label == winner)
-    return fused, np.clip(agreement, 0, 1)
+    found = np.zeros(winner.shape, dtype=np.float32)
+    for value in np.unique(winner):
+        around = ndimage.gaussian_filter(fused[value], sigma, mode="nearest") if doubt_mm > 0 else fused[value]
+        found = np.where(winner == value, around, found)
+    return np.clip(found, 0, 1)
 
 
-def _add_up(probabilities: Iterable[Array], weights: Array, vote: bool) -> tuple[Array, list[LabelMap]]:
-    """Weighted sum over atlases, ``[K, X, Y, Z]``, and every atlas's own label."""
-    fused, own = np.zeros(0, dtype=np.float32), []
-    for number, one in enumerate(probabilities):
-        if one.shape[1:] != weights.shape[1:] or number == len(weights):
+def _add_up(probabilities: Iterable[Array], weights: Array, vote: bool) -> Array:
+    """Weighted sum over atlases, ``[K, X, Y, Z]``."""
+    fused, number = np.zeros(0, dtype=np.float32), 0
+    for number, one in enumerate(probabilities, start=1):
+        if one.shape[1:] != weights.shape[1:] or number > len(weights):
             raise ConfigError(
                 f"fusion: expected probabilities [K, {', '.join(map(str, weights.shape[1:]))}] of {len(weights)} "
-                f"atlases, got {one.shape} for number {number + 1}"
+                f"atlases, got {one.shape} for number {number}"
             )
-        own.append(one.argmax(0).astype(np.uint8))
         if vote:
-            one = (own[-1] == np.arange(len(one))[:, None, None, None]).astype(np.float32)
-        fused = weights[number] * one if number == 0 else fused + weights[number] * one
-    if len(own) != len(weights):
-        raise ConfigError(f"fusion: expected probabilities of {len(weights)} atlases, got {len(own)}")
-    return fused, own
+            one = (one.argmax(0) == np.arange(len(one))[:, None, None, None]).astype(np.float32)
+        part = weights[number - 1] * one
+        fused = part if number == 1 else fused + part
+    if number != len(weights):
+        raise ConfigError(f"fusion: expected probabilities of {len(weights)} atlases, got {number}")
+    return fused
 
 
-def fusion_weights(warped_images: Array, image: Array, how: Fusion) -> Array:
-    """Weight of each atlas at each voxel, ``[A, X, Y, Z]``, non-negative with sum one over A."""
+def fusion_weights(warped_images: Array, image: Array, how: Fusion, spacing_mm: Sequence[float]) -> Array:
+    """Weight of each atlas at each voxel, ``[A, X, Y, Z]``, non-negative with sum one over A; see `fuse`."""
     count = len(warped_images)
     if count == 1 or how.kind in ("mean", "majority"):
         return np.full((count, *image.shape[1:]), 1 / count, dtype=np.float32)
+    window = [odd_side(how.window_mm, step) for step in spacing_mm]
     if how.kind == "local":
-        weights = np.stack([local_correlation(warped, image, how.window) for warped in warped_images]) ** how.power
-        weights += np.float32(1e-6)
+        weights = np.stack([local_correlation(warped, image, window) for warped in warped_images]) ** how.power
     else:
-        weights = _joint(warped_images, image, how)
+        weights = _joint(warped_images, image, window, how)
+    weights += np.float32(1e-6)  # where no atlas fits, all count alike
     return weights / weights.sum(0, keepdims=True)
 
 
-def local_correlation(first: Array, second: Array, window: int) -> Array:
+def odd_side(length_mm: float, step_mm: float) -> int:
+    """Side of a cube around a voxel, in voxels."""
+    return 2 * max(round((length_mm / step_mm - 1) / 2), 0) + 1
+
+
+def local_correlation(first: Array, second: Array, window: Sequence[int]) -> Array:
     """Correlation coefficient of two images in a cube around every voxel, negative values cut to 0.
 
     Where both images are flat it is 1, where only one of them is, nearly 0 (see `FLAT`). Several channels: their mean.
 
     Args:
         first, second: ``[C, X, Y, Z]``.
-        window: side of the cube, voxels.
+        window: sides of the cube, voxels, odd.
 
     Returns:
         ``[X, Y, Z]`` in [0, 1].
     """
-    total = np.zeros(first.shape[1:], dtype=np.float64)
+    total = np.zeros(first.shape[1:])
     for a, b in zip(first, second, strict=True):
         a, b = _standard(a), _standard(b)
         covariance = _mean(a * b, window) - _mean(a, window) * _mean(b, window)
@@ -124,25 +158,26 @@ def local_correlation(first: Array, second: Array, window: int) -> Array:
     return np.clip(total / len(first), 0, 1).astype(np.float32)
 
 
-def _joint(warped_images: Array, image: Array, how: Fusion) -> Array:
-    """Joint label fusion (Wang et al. 2013, eq. 8 and 12): ``w = M^-1 1``, with the errors two atlases make together."""
+def _joint(warped_images: Array, image: Array, window: Sequence[int], how: Fusion) -> Array:
+    """Joint label fusion (Wang et al., TPAMI 2013): ``w = M^-1 1``, where M holds the errors two atlases share.
+
+    ``M_ij`` is the mean of ``|I_i - I| |I_j - I|`` in the window, of locally standardised images. Negative weights are
+    cut to 0.
+    """
     count = len(warped_images)
-    errors = [
-        np.stack([np.abs(_locally(a, how.window) - _locally(b, how.window)) for a, b in zip(w, image, strict=True)])
-        for w in warped_images
-    ]
-    together = np.empty((*image.shape[1:], count, count))
-    for i in range(count):
-        for j in range(i + 1):
-            value = sum(_mean(a * b, how.window) for a, b in zip(errors[i], errors[j], strict=True)) / len(image)
-            together[..., i, j] = together[..., j, i] = np.maximum(value, 0) ** how.power
-    level = np.einsum("...ii->...", together)[..., None, None] / count
-    together = together / np.maximum(level, 1e-12) + how.ridge * np.eye(count)
-    weights = np.linalg.solve(together, np.ones((*together.shape[:-1], 1)))[..., 0]
-    return np.maximum(np.moveaxis(weights, -1, 0), 0).astype(np.float32) + np.float32(1e-6)
+    target = np.stack([_locally(channel, window) for channel in image])
+    errors = [np.abs(np.stack([_locally(c, window) for c in warped]) - target) for warped in warped_images]
+    shared = np.empty((*image.shape[1:], count, count), dtype=np.float32)
+    for i, j in itertools.combinations_with_replacement(range(count), 2):
+        value = np.mean([_mean(a * b, window) for a, b in zip(errors[i], errors[j], strict=True)], axis=0)
+        shared[..., i, j] = shared[..., j, i] = np.maximum(value, 0) ** how.power
+    level = np.einsum("...ii->...", shared)[..., None, None] / count
+    shared = shared / np.maximum(level, 1e-12) + np.float32(how.ridge) * np.eye(count, dtype=np.float32)
+    weights = np.linalg.solve(shared, np.ones((*shared.shape[:-1], 1), dtype=np.float32))[..., 0]
+    return np.maximum(np.moveaxis(weights, -1, 0), 0)
 
 
-def _locally(channel: Array, window: int) -> NDArray[np.float64]:
+def _locally(channel: Array, window: Sequence[int]) -> NDArray[np.float64]:
     values = _standard(channel)
     mean = _mean(values, window)
     return (values - mean) / np.sqrt(np.maximum(_mean(values * values, window) - mean**2, 0) + FLAT)
@@ -155,5 +190,5 @@ def _standard(channel: Array) -> NDArray[np.float64]:
     return values / spread if spread > 0 else values
 
 
-def _mean(values: NDArray[Any], window: int) -> NDArray[np.float64]:
-    return ndimage.uniform_filter(values, window, mode="nearest")
+def _mean(values: NDArray[np.float64], window: Sequence[int]) -> NDArray[np.float64]:
+    return ndimage.uniform_filter(values, tuple(window), mode="nearest")

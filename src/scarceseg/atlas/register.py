@@ -1,4 +1,4 @@
-"""One atlas to one volume: copy, affine, deformable; and masks and images carried along.
+"""One atlas to one volume: copy, affine, deformable.
 
 In: two prepared volumes with their grids. Out: an `Alignment`, whose transform takes world points of the fixed volume
 to world points of the moving one (as ITK's resampling wants it).
@@ -33,8 +33,11 @@ STAGES = get_args(Stage)
 AFFINE_COARSER = 2.0
 """The affine step works at this multiple of the deformation's resolution."""
 
-RANK_WINDOW = 5
-"""Side of the cube of `Alignment.similarity`, voxels of the affine step."""
+RANK_WINDOW = (5, 5, 5)
+"""Sides of the cube of `Alignment.similarity`, voxels of the affine step."""
+
+GROWTH = 5.0
+"""An affine step that changes the volume by more than this factor has gone astray."""
 
 AFFINE_UNUSED = {"levels", "control", "iterations", "smoothness"}
 COPY_UNUSED = AFFINE_UNUSED | {"affine_iterations", "affine_sampling", "seed"}
@@ -160,6 +163,9 @@ def align_affine(
         if how.stage != "copy":
             try:
                 found = affine_register(target, atlas, start, how.affine_iterations, how.affine_sampling, how.seed)
+                growth = abs(np.linalg.det(_affine_array(found)[:, :3]) / np.linalg.det(copied.affine[:, :3]))
+                if not 1 / GROWTH < growth < GROWTH:
+                    found, note = start, f"affine registration changed the volume by a factor of {growth:.2g}"
             except RuntimeError as error:
                 note = f"affine registration failed ({_last_line(error)})"
         moved = sitk.Resample(atlas, target, found, sitk.sitkLinear, 0.0, sitk.sitkFloat32, True)

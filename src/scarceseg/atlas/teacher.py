@@ -50,7 +50,7 @@ class AtlasLabel:
         name: of the case.
         probability: ``[K, X, Y, Z]`` float32, sums to one over K.
         label: ``[X, Y, Z]`` uint8, the most probable class.
-        agreement: ``[X, Y, Z]`` float32 in [0, 1], see `fuse`.
+        agreement: ``[X, Y, Z]`` float32 in [0, 1], see `fuse.agreement`.
         atlases: names of those that were fused, most similar first.
         notes: registrations that had to do with less than was asked for, and why.
     """
@@ -102,7 +102,7 @@ def atlas_labels(
     this needs the usual ``if __name__ == "__main__":`` around it, since workers import the script.
 
     Args:
-        targets: their labels are not looked at.
+        targets: their labels are not looked at; one that is also an atlas is labelled by the others.
         atlases: cases with a label.
         classes: K, background included.
         options: how.
@@ -120,8 +120,10 @@ def atlas_labels(
     """
     options = options or AtlasOptions()
     labels = _labels(atlases, classes)
-    scans = {case.name: scan_of(case) for case in atlases}
-    wanted = [(scan_of(case), list(scans.values())) for case in targets]
+    scans = [scan_of(case) for case in atlases]
+    wanted = [(scan_of(case), [scan for scan in scans if scan.name != case.name]) for case in targets]
+    if alone := [target.name for target, others in wanted if not others]:
+        raise ConfigError(f"case {alone[0]} is the only atlas and cannot label itself; label another case")
     yield from _label_all(wanted, labels, classes, options, workers, cache or cache_folder(), on_progress)
 
 
@@ -146,11 +148,8 @@ def expected_dice(
     """
     if len(atlases) < 2:
         raise ConfigError(f"expected two or more labelled volumes to compare with each other, got {len(atlases)}")
-    options = options or AtlasOptions()
     labels = _labels(atlases, classes)
-    scans = [scan_of(case) for case in atlases]
-    wanted = [(scan, [other for other in scans if other is not scan]) for scan in scans]
-    made = _label_all(wanted, labels, classes, options, workers, cache or cache_folder(), on_progress)
+    made = atlas_labels(atlases, atlases, classes, options, workers, cache, on_progress)
     cases = {one.name: class_dice(one.label, labels[one.name], classes) for one in made}
     values = np.array(list(cases.values()))
     return ExpectedDice(cases, float(np.nanmean(values)) if np.isfinite(values).any() else float("nan"))
@@ -226,7 +225,7 @@ def _labelled(job: _Labelling) -> AtlasLabel:
         warp_label(label, pair.moving.geometry, way, grid, job.classes)
         for (pair, label, _), way in zip(found, transforms, strict=True)
     )
-    probability, agreement = fuse(shares, images, job.target.image, job.fusion)
+    probability, agreement = fuse(shares, images, job.target.image, job.fusion, grid.spacing_mm)
     notes = [
         f"{pair.moving.name} to {job.target.name}: {one.note}; its {one.stage} step is used"
         for pair, _, one in found

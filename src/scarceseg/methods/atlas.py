@@ -46,7 +46,7 @@ class Atlas(PseudoLabelTerm):
     """Multi-atlas segmentation as a teacher of the student (ours; classical: Iglesias & Sabuncu, MedIA 2015).
 
     Each labelled volume is registered to an unlabelled one (affine by mutual information, then deformable), its mask is
-    warped, and the masks are fused with weights by local similarity. The agreement of the atlases is the weight of a voxel,
+    warped, and the masks are fused (joint label fusion by default). How sure the fusion is there is the weight of a voxel,
     for ``trust: weight``. No network and no foundation model is needed; labels are made once and used as SFR's are.
     """
 
