@@ -17,7 +17,7 @@ from pydantic import Field
 
 from scarceseg.data.cache import load, store
 from scarceseg.engine.checkpoint import write_text
-from scarceseg.errors import RunError
+from scarceseg.errors import Interrupted, RunError
 from scarceseg.functional.pseudo import confidence, pseudo_label_loss, soft_label_loss
 from scarceseg.inference.components import largest_component as keep_largest
 from scarceseg.methods.base import FieldKind, Term, TermOptions
@@ -190,6 +190,8 @@ class PseudoLabelTerm(Term):
         mine = work.mine(cases)
         with work.display(f"{self.name}: {stage}", len(mine)) as display:
             for number, case in enumerate(mine, 1):
+                if work.stop():
+                    raise Interrupted(f"stopped while {self.name} was labelling; --resume goes on from there")
                 if not labels.has(case.name):
                     probability = self.probability_of(work, case)
                     self.keep(labels, case.name, probability, probability.max(0))

@@ -63,8 +63,9 @@ class Sfr(PseudoLabelTerm):
         self._label(work, stage, teacher)
 
     def _label(self, work: Workspace, stage: str, teacher: TunedTeacher) -> None:
-        self._teacher = [teacher]  # in a list, so that it is no part of the term's state
+        self._teacher: list[TunedTeacher] = [teacher]  # in a list, so that it is no part of the term's state
         self.guess(work, stage, list(work.unlabelled), **self.about(work, teacher))
+        self._teacher = []  # the model is not needed during training and may be large
         warn_empty(work, self.name, PseudoLabels(work.folder(self.name, stage)))
 
     def about(self, work: Workspace, teacher: TunedTeacher) -> dict[str, Any]:
