@@ -52,15 +52,21 @@ def training_code(method: str) -> tuple[str, ...]:
     terms = [METHODS.get(name) for name in parse_method(method)]
     waiting = [*TRAINING, *(_file_of(kind.__module__) for kind in terms)]
     found: set[str] = set()
-    if any(term.uses_foundation for term in terms):
-        waiting.append("foundation/tiny_sam.py")
-        found.add("foundation/weights_data/tiny_sam.safetensors")
+    for model in {kind.foundation for kind in terms if kind.foundation}:
+        file = model.replace("-", "_")
+        waiting.append(f"foundation/{file}.py")
+        found.add(f"foundation/weights_data/{file}.safetensors")
     while waiting:
         part = waiting.pop()
         if part not in found:
             found.add(part)
             waiting += [other for other in _imports(PACKAGE / part) if other.startswith(FOLLOWED)]
     return tuple(sorted(found - INTERFACES))
+
+
+def direct_code(teacher: str) -> tuple[str, ...]:
+    """Files the labels of a teacher without a network depend on."""
+    return ("data/prepare.py", "evaluation/metrics.py", *(("atlas",) if teacher == "atlas" else ("atlas/warp.py",)))
 
 
 def _file_of(module: str) -> str:

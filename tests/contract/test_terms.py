@@ -12,8 +12,10 @@ from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import as_called, build_optimizer, forward_step, train_step
 from scarceseg.methods import METHODS, Term, build_terms
 from scarceseg.methods.base import Parts
+from scarceseg.methods.semisam import SemiSam
 from scarceseg.networks import build_network
 from scarceseg.types import Labelled, Step, Unlabelled
+from tests.foundation.stub import Stub
 
 NAMES = METHODS.names()
 PATCH = (32, 32, 16)
@@ -55,6 +57,8 @@ def setup(name: str, classes: int = 2, channels: int = 1) -> tuple[nn.Module, di
         student.out_conv.weight.mul_(40)
     terms = build_terms(name, {}, classes)
     for term in terms.values():
+        if isinstance(term, SemiSam):
+            term.consult([Stub(echo=True)], (1.0, 1.0, 1.0))
         term.attach(student)
     student.train()
     return student, terms

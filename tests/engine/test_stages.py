@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from scarceseg.engine import run as run_module
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
@@ -19,6 +18,7 @@ from scarceseg.errors import ConfigError, Interrupted
 from scarceseg.foundation.tiny_sam import save_tiny_sam
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
+from scarceseg.methods.sfr import Sfr
 from tests.engine.test_run import lines, same
 from tests.foundation.small import small_sam
 from tests.tiny import tiny_config, tiny_dataset
@@ -38,7 +38,7 @@ def small_foundation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     file = tmp_path_factory.mktemp("weights") / "small.safetensors"
     save_tiny_sam(file, small_sam())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "DEFAULT_FOUNDATION", str(file))
+        patch.setattr(Sfr, "foundation", str(file))
         yield
 
 
@@ -104,7 +104,7 @@ def test_sfr_leaves_tuned_weights_labels_and_confidences(data: Path, tmp_path: P
         "tuned-axis2.safetensors",
     }
     table = json.loads((stages / "sfr-label" / "confidence.json").read_text())
-    assert table["foundation"] == run_module.DEFAULT_FOUNDATION and table["view"] == "whole volumes"
+    assert table["foundation"] == Sfr.foundation and table["view"] == "whole volumes"
     labels = PseudoLabels(stages / "sfr-label")
     assert list(table["cases"]) == ["case_02", "case_03", "case_04"]
     for case, row in table["cases"].items():

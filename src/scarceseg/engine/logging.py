@@ -10,10 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scarceseg.engine.checkpoint import write_text
+from scarceseg.engine.checkpoint import write_atomic, write_text
+
+PICTURES = "pictures"
+"""Folder of a run with what its terms drew."""
 
 
 class Display:
@@ -96,12 +101,24 @@ class RunLog:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, "stage": stage, **values}) + "\n")
+        for key, value in values.items():
+            self._tensorboard().add_scalar(f"{stage}/{key}", value, iteration)
+
+    def picture(self, stage: str, name: str, iteration: int, image: NDArray[Any]) -> None:
+        """Keep an RGB picture ``[rows, columns, 3]`` uint8 as ``pictures/<stage>-<name>-<iteration>.png`` and in TensorBoard."""
+        if not self.active:
+            return
+        path = self.folder / PICTURES / f"{stage}-{name}-{iteration:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
+        self._tensorboard().add_image(f"{stage}/{name}", image, iteration, dataformats="HWC")
+
+    def _tensorboard(self) -> Any:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for key, value in values.items():
-            self._writer.add_scalar(f"{stage}/{key}", value, iteration)
+        return self._writer
 
     def rewind(self, stage: str, iteration: int) -> None:
         """Drop the lines of `stage` from `iteration` on: a resumed run writes them again."""

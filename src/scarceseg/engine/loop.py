@@ -63,6 +63,10 @@ class LoopTask:
     on_round: Callable[[int], None] | None = None
 
 
+PICTURES = 8
+"""Pictures each term may leave over a stage."""
+
+
 class BatchSource(Protocol):
     """What makes the batches of a stage: a pure function of the iteration."""
 
@@ -316,6 +320,7 @@ class Loop:
                     if iteration % task.log_every == 0 or finished == task.iterations:
                         seconds, since = time.perf_counter() - since, time.perf_counter()
                         self._record(iteration, values, lr, seconds)
+                        self._show(iteration)
                         progress.update(finished, float(values["loss"]))
                     else:
                         progress.update(finished)
@@ -363,4 +368,14 @@ class Loop:
                 f"({', '.join(f'{k}={v:.3g}' for k, v in numbers.items())}); lower optim.lr or use --precision fp32; "
                 "the last checkpoint is from before"
             )
+        for name, term in self.task.terms.items():
+            numbers |= {f"{key}/{name}": float(value) for key, value in term.numbers().items()}
         self.log.record(self.task.stage, iteration, {"lr": lr, "seconds": round(seconds, 4), **numbers})
+
+    def _show(self, iteration: int) -> None:
+        """Let the terms leave a picture, a few times over the stage; those of a resumed run come at the same iterations."""
+        every = max(self.task.iterations // PICTURES // self.task.log_every, 1) * self.task.log_every
+        if iteration % every == 0 and self.log.active:
+            for name, term in self.task.terms.items():
+                if (picture := term.picture()) is not None:
+                    self.log.picture(self.task.stage, name, iteration, picture)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,20 +85,17 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     return RunResult(folder, evaluation, tuple(warnings))
 
 
-DEFAULT_FOUNDATION = "tiny-sam"
-
-
 def _with_foundation(config: Config, terms: dict[str, Term]) -> Config:
-    """The config with the foundation model written out that its terms will use when none is named."""
-    using = any(term.uses_foundation for term in terms.values())
-    named = config.foundation or (DEFAULT_FOUNDATION if using else None)
+    """The config with the foundation model written out when none is named and its terms would all use the same."""
+    own = {term.foundation for term in terms.values() if term.foundation}
+    named = config.foundation or (next(iter(own)) if len(own) == 1 else None)
     return config.model_copy(update={"foundation": named})
 
 
 def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
     """Settings of this run that change nothing."""
     found = []
-    if config.foundation is not None and not any(term.uses_foundation for term in terms.values()):
+    if config.foundation is not None and not any(term.foundation for term in terms.values()):
         found.append(
             f"foundation {config.foundation!r} changes nothing: no term of {config.method!r} uses a foundation model"
         )
@@ -150,69 +147,66 @@ def _train_stage(
     student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
     fabric, precision, memory_format = _fabric(config, folder, student, plan)
     student.to(fabric.device)
-    log = RunLog(folder, fabric.is_global_zero)
-    work = Workspace(
-        run=folder,
-        config=config,
-        plan=plan,
-        labelled=[cases[c.name] for c in split.labelled],
-        unlabelled=[cases[c.name] for c in split.unlabelled],
-        fabric=fabric,
-        memory_format=memory_format,
-        log=log,
-        stop=stop,
-        warnings=warnings,
-        cache=cache,
-    )
-    for name, term in terms.items():
-        for stage in term.stages():
-            _offline_stage(work, name, term, stage)
-    for term in terms.values():
-        term.initialise(student, work)
-    for name, term in terms.items():
-        torch.manual_seed(work.seed(f"{name}-attach"))
-        term.attach(student)
-        term.to(fabric.device)
-    sampler = patch_sampler(
-        config,
-        plan,
-        work.labelled,
-        work.unlabelled,
-        fabric,
-        config.seed,
-        _fields(work, terms),
-        _needs_unlabelled(terms),
-    )
-
-    def on_round(iteration: int) -> None:
+    with closing(RunLog(folder, fabric.is_global_zero)) as log:
+        work = Workspace(
+            run=folder,
+            config=config,
+            plan=plan,
+            labelled=[cases[c.name] for c in split.labelled],
+            unlabelled=[cases[c.name] for c in split.unlabelled],
+            fabric=fabric,
+            memory_format=memory_format,
+            log=log,
+            stop=stop,
+            warnings=warnings,
+            cache=cache,
+        )
         for name, term in terms.items():
-            if iteration in term.rounds(config.iterations):
-                with timed_stage(folder, f"{name}-refresh"):
-                    term.refresh(iteration, student, work)
-        sampler.set_fields(_fields(work, terms))
+            for stage in term.stages():
+                _offline_stage(work, name, term, stage)
+        for term in terms.values():
+            term.initialise(student, work)
+        for name, term in terms.items():
+            torch.manual_seed(work.seed(f"{name}-attach"))
+            term.attach(student)
+            term.to(fabric.device)
+        sampler = patch_sampler(
+            config,
+            plan,
+            work.labelled,
+            work.unlabelled,
+            fabric,
+            config.seed,
+            _fields(work, terms),
+            _needs_unlabelled(terms),
+        )
 
-    validation = Validation(config, split.val, plan, folder, log, fabric, cache)
-    task = LoopTask(
-        stage="train",
-        student=student,
-        terms=terms,
-        sampler=sampler,
-        optim=config.optim,
-        iterations=config.iterations,
-        seed=config.seed,
-        checkpoint=folder / "checkpoints" / "last.pt",
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
-        memory_format=memory_format,
-        after_step=validation.hook(student),
-        rounds=sorted({number for term in terms.values() for number in term.rounds(config.iterations)}),
-        on_round=on_round,
-    )
-    try:
+        def on_round(iteration: int) -> None:
+            for name, term in terms.items():
+                if iteration in term.rounds(config.iterations):
+                    with timed_stage(folder, f"{name}-refresh"):
+                        term.refresh(iteration, student, work)
+            sampler.set_fields(_fields(work, terms))
+
+        validation = Validation(config, split.val, plan, folder, log, fabric, cache)
+        task = LoopTask(
+            stage="train",
+            student=student,
+            terms=terms,
+            sampler=sampler,
+            optim=config.optim,
+            iterations=config.iterations,
+            seed=config.seed,
+            checkpoint=folder / "checkpoints" / "last.pt",
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            memory_format=memory_format,
+            after_step=validation.hook(student),
+            rounds=sorted({number for term in terms.values() for number in term.rounds(config.iterations)}),
+            on_round=on_round,
+        )
         with timed_stage(folder, "train"):
             Loop(task, fabric, log, stop).run()
-    finally:
-        log.close()
     if not fabric.is_global_zero:
         return
     validation.load_best(student)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,7 @@ class Workspace:
     stop: Callable[[], bool]
     warnings: list[str] = field(default_factory=list)
     cache: Path | None = None
+    _models: dict[str, Promptable | Tunable] = field(default_factory=dict, repr=False)
 
     @property
     def classes(self) -> int:
@@ -76,16 +76,26 @@ class Workspace:
         number = int.from_bytes(hashlib.sha256(stage.encode()).digest()[:4], "big")
         return int(rng(self.config.seed, "stage", number).integers(2**31))
 
-    @cached_property
-    def foundation(self) -> Promptable | Tunable:
-        """The run's foundation model, frozen, built once.
+    def foundation_of(self, term: Term) -> str:
+        """Name or file of the foundation model a term works with: the run's, or the term's own choice.
 
         Raises:
-            ConfigError: none is named.
+            ConfigError: there is none.
         """
-        if self.config.foundation is None:
-            raise ConfigError(f"{self.config.method!r} needs a foundation model: name one with --foundation")
-        return load_foundation(self.config.foundation, self.fabric.device)
+        name = self.config.foundation or term.foundation
+        if name is None:
+            raise ConfigError(f"{term.name!r} needs a foundation model: name one with --foundation")
+        return name
+
+    def model(self, name: str) -> Promptable | Tunable:
+        """A foundation model by name or file, frozen, built once a run.
+
+        Raises:
+            ConfigError, DataError: see `scarceseg.foundation.load.load_foundation`.
+        """
+        if name not in self._models:
+            self._models[name] = load_foundation(name, self.fabric.device)
+        return self._models[name]
 
     def build_student(self, stage: str) -> SegmentationNetwork:
         """A fresh network like the student, on the run's device, with initial weights of its own."""

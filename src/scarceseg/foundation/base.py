@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from scarceseg.errors import DataError
+from scarceseg.errors import ConfigError, DataError
 from scarceseg.types import ImageBatch, Logits, Prompt
 
 PromptKind = Literal["point", "box", "mask"]
@@ -74,10 +74,12 @@ class Promptable(ABC):
     Attributes:
         name: as registered, for messages and results.
         prompt_kinds: what `segment` understands.
+        views: ways of looking at a volume it offers, see `seen_as`; empty when there is only one.
     """
 
     name: str
     prompt_kinds: frozenset[PromptKind]
+    views: frozenset[str] = frozenset()
 
     @abstractmethod
     def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:
@@ -107,6 +109,14 @@ class Promptable(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> Promptable:
         """Move the weights; returns itself."""
+
+    def seen_as(self, view: str) -> Promptable:
+        """The same weights with another view of the volume, one of `views`.
+
+        Raises:
+            ConfigError: no such view.
+        """
+        raise ConfigError(f"{self.name}: expected a view of {', '.join(sorted(self.views)) or 'none'}, got {view!r}")
 
 
 @dataclass(frozen=True)

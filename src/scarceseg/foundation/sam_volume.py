@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -87,6 +87,7 @@ class SamPromptable(Promptable, Tunable):
     """
 
     prompt_kinds: frozenset[PromptKind] = frozenset({"point", "box", "mask"})
+    views = frozenset(get_args(View))
 
     def __init__(self, sam: SamModel, name: str = "sam", options: SamOptions | None = None) -> None:
         self.sam = sam
@@ -124,6 +125,10 @@ class SamPromptable(Promptable, Tunable):
         """Move the weights; returns itself."""
         self.sam.to(device)  # type: ignore[arg-type]  # the library's annotation forgets torch.device
         return self
+
+    def seen_as(self, view: str) -> SamPromptable:
+        """See `Promptable.seen_as`."""
+        return SamPromptable(self.sam, self.name, replace(self.options, view=view))  # type: ignore[arg-type]  # checked there
 
     @torch.no_grad()
     def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:

@@ -69,14 +69,14 @@ class Term(nn.Module):
         predicts_unlabelled: False for a term that takes unlabelled images but not the student's output on them; the
             student does not see those rows unless another term of the sum wants their output.
         shares_features: ask for ``step.encoded`` and ``step.decoded``.
-        uses_foundation: the term needs the run's foundation model.
+        foundation: the foundation model it works with when the run names none; None for a term that needs no such model.
     """
 
     Options: ClassVar[type[TermOptions]] = TermOptions
     reads: ClassVar[frozenset[str]] = frozenset({"labelled", "unlabelled"})
     predicts_unlabelled: ClassVar[bool] = True
     shares_features: ClassVar[bool] = False
-    uses_foundation: ClassVar[bool] = False
+    foundation: ClassVar[str | None] = None
     name: str = ""
 
     def __init__(self, options: TermOptions, classes: int) -> None:
@@ -129,6 +129,14 @@ class Term(nn.Module):
 
     def after_update(self, student: nn.Module, iteration: int) -> None:
         """Called after the optimiser's update, under no_grad."""
+
+    def numbers(self) -> Mapping[str, float]:
+        """What the log shall say of the latest step besides the loss, by name; no reference of an unlabelled case in it."""
+        return {}
+
+    def picture(self) -> NDArray[Any] | None:
+        """An RGB picture ``[rows, columns, 3]`` uint8 of the latest step, for TensorBoard and the report; None: no picture."""
+        return None
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of the term's own modules that the optimiser trains with the student's."""

@@ -97,13 +97,14 @@ class TunedTeacher:
     Args:
         work: the run.
         options: of the term.
+        name: of the foundation model, or its file.
     """
 
-    def __init__(self, work: Workspace, options: TuningOptions) -> None:
-        model = work.foundation
+    def __init__(self, work: Workspace, options: TuningOptions, name: str) -> None:
+        model = work.model(name)
         if not isinstance(model, Tunable):
             raise ConfigError(
-                f"the foundation model {work.config.foundation!r} answers prompts but cannot be tuned: "
+                f"the foundation model {name!r} answers prompts but cannot be tuned: "
                 "choose one that can (scarceseg foundations list)"
             )
         self.work, self.options, self.model = work, options, model

@@ -40,7 +40,7 @@ class Sfr(PseudoLabelTerm):
     """
 
     Options: ClassVar[type[TermOptions]] = SfrOptions
-    uses_foundation = True
+    foundation = "tiny-sam"
     options: SfrOptions
 
     def stages(self) -> list[str]:
@@ -54,7 +54,7 @@ class Sfr(PseudoLabelTerm):
 
     def prepare(self, stage: str, work: Workspace) -> None:
         """Tune the model, or label the pool with it."""
-        teacher = TunedTeacher(work, self.options)
+        teacher = TunedTeacher(work, self.options, work.foundation_of(self))
         tuned = work.folder(self.name, "tune")
         if stage == "tune":
             teacher.tune(tuned, f"{self.name}-tune", self._guessed(work))
@@ -71,7 +71,7 @@ class Sfr(PseudoLabelTerm):
     def about(self, work: Workspace, teacher: TunedTeacher) -> dict[str, Any]:
         """What the table of confidences says of the model."""
         return {
-            "foundation": work.config.foundation,
+            "foundation": work.foundation_of(self),
             "view": "whole volumes" if teacher.whole else "patches",
             "strategy": self.options.strategy,
             "tune_iterations": teacher.iterations,
@@ -91,7 +91,7 @@ class Sfr(PseudoLabelTerm):
 
     def take_along(self, work: Workspace, folder: Path) -> None:
         """Keep the model tuned in `folder` for the patches to come."""
-        teacher = TunedTeacher(work, self.options)
+        teacher = TunedTeacher(work, self.options, work.foundation_of(self))
         teacher.load(folder)
         teacher.freeze()
         self._teacher = [teacher]

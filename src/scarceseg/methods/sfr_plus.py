@@ -85,7 +85,7 @@ class SfrPlus(Sfr):
     def _round(self, work: Workspace, student: nn.Module, folder: Path, number: int) -> None:
         own = PseudoLabels(folder / "student")
         sure = self._sure(work, student, own)
-        teacher = TunedTeacher(work, self.options)
+        teacher = TunedTeacher(work, self.options, work.foundation_of(self))
         before = work.folder(self.name, f"round{number - 1}" if number > 1 else "tune")
         teacher.load(before)
         if sure:

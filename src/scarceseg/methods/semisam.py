@@ -1,0 +1,285 @@
+"""SemiSAM: a frozen promptable model, prompted by the student, is one more opinion on the unlabelled patches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import nn
+
+from scarceseg.errors import ConfigError
+from scarceseg.foundation.base import Embedding, Promptable, Spacing
+from scarceseg.foundation.dialogue import Answers, Asking, Kind, converse, first_prompts
+from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
+from scarceseg.methods.base import METHODS, RampName, Term, TermOptions
+from scarceseg.types import ImageBatch, Prompt, Step
+
+if TYPE_CHECKING:
+    from scarceseg.engine.workspace import Workspace
+
+
+class SemiSamOptions(TermOptions):
+    """Options of SemiSAM.
+
+    Attributes:
+        weight, ramp: the paper has 0.1 and ``semisam-down``; its script ramps by ``laine-down``.
+        foundation: promptable models, one or several (SemiSAM+); none takes the run's.
+        view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
+        prompts: what is asked, see `scarceseg.foundation.dialogue.Asking`; ``point`` is the paper's.
+        clicks, outside, corrections, components, threshold, confident: as there.
+        gate: weigh masks and voxels by how far the model may be trusted; False is the paper's method.
+        agreement: soft Dice of student and model below which a mask counts for nothing, and from which on it may count for all.
+        quality: the same for the IoU the model estimates.
+        doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
+        every: iterations from one question to the next; between them the term is silent.
+        remember: embeddings kept for patches that come again, as they do when volumes are no larger than a patch. A run that
+            was resumed has none of them and may differ from an unbroken one by rounding.
+    """
+
+    weight: float = Field(1.0, ge=0)
+    ramp: RampName = "semisam-down"
+    foundation: tuple[str, ...] = ()
+    view: Literal["mosaic", "slices"] = "mosaic"
+    prompts: tuple[Kind, ...] = Field(("uncertainty", "mask"), min_length=1)
+    clicks: int = Field(3, ge=1)
+    outside: int = Field(0, ge=0)
+    corrections: int = Field(0, ge=0)
+    components: Literal["largest", "all"] = "largest"
+    threshold: float = Field(0.5, gt=0, lt=1)
+    confident: float = Field(0.9, gt=0, le=1)
+    gate: bool = True
+    agreement: tuple[float, float] = (0.2, 0.5)
+    quality: tuple[float, float] = (0.0, 0.3)
+    doubt: float = Field(0.8, ge=0, le=1)
+    every: int = Field(1, ge=1)
+    remember: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What the models think of the unlabelled rows.
+
+    Attributes:
+        probability: ``[U, K-1, X, Y, Z]`` of the foreground classes.
+        weight: the same shape, in [0, 1]; 0 where nothing was asked.
+        asked: ``[U, K-1]`` bool.
+        agreement, quality: means over what was asked, in [0, 1].
+        prompts: of the first model, by row and class.
+    """
+
+    probability: torch.Tensor
+    weight: torch.Tensor
+    asked: torch.Tensor
+    agreement: float
+    quality: float
+    prompts: Mapping[tuple[int, int], Sequence[Prompt]]
+
+
+@METHODS.register("semisam")
+class SemiSam(Term):
+    """``mean(w (p_u - s_u)^2)`` against the mask ``s_u`` of a frozen model that the student prompts (Zhang et al. 2023, eq. 3).
+
+    Each foreground class that the student finds in an unlabelled patch is asked for once, with clicks, a box and/or its
+    probability map; the answers are merged into class probabilities. A class it does not find is not asked for and adds no
+    loss. The model works on detached predictions: the gradient reaches the student through ``p_u`` alone.
+
+    Differs from the paper: masks and voxels are weighed by a gate (``w = 1`` without), see
+    `scarceseg.functional.reliability`; the default prompt is the probability map with single clicks, whose answers
+    are averaged. The mean runs over the foreground classes; with one, that is the paper's mean over both.
+    """
+
+    Options: ClassVar[type[TermOptions]] = SemiSamOptions
+    options: SemiSamOptions
+    reads = frozenset({"unlabelled"})
+    foundation = "tiny-sam3d"
+
+    def initialise(self, student: nn.Module, work: Workspace) -> None:
+        """Take the models, each built once a run, and the size of the voxels."""
+        models = []
+        for name in self.options.foundation or (work.foundation_of(self),):
+            model = work.model(name)
+            if not isinstance(model, Promptable):
+                raise ConfigError(
+                    f"{self.name}: the foundation model {name!r} cannot be prompted; name one that can with --foundation or "
+                    f"terms.{self.name}.foundation (scarceseg foundations list)"
+                )
+            models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
+        self.consult(models, work.plan.spacing_mm)
+
+    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing) -> None:
+        """Say whom to ask; `initialise` does so in a run.
+
+        Args:
+            models: frozen.
+            spacing_mm: of the patches' voxels.
+        """
+        self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
+        self._spacing_mm = spacing_mm
+        self._memories = tuple(_Memory(self.options.remember) for _ in models)
+        self._asking = Asking(
+            kinds=self.options.prompts,
+            clicks=self.options.clicks,
+            outside=self.options.outside,
+            corrections=self.options.corrections,
+            threshold=self.options.threshold,
+            confident=self.options.confident,
+            components=self.options.components,
+        )
+        self._numbers: dict[str, float] = {}
+        self._shown: dict[str, Any] = {}
+
+    def loss(self, step: Step) -> torch.Tensor:
+        """Scalar in [0, 1]; 0 with a gradient of 0 when the student finds nothing."""
+        if step.unlabelled is None or step.logits_u is None:
+            raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
+        if step.iteration % self.options.every:
+            self._numbers = {}
+            return step.logits_u.sum() * 0
+        foreground = step.logits_u.float().softmax(1)[:, 1:]
+        opinion = self.opinion(step.unlabelled.image, foreground.detach(), step.generator)
+        self._note(step, foreground.detach(), opinion)
+        return (opinion.weight * (foreground - opinion.probability).square()).mean()
+
+    @torch.no_grad()
+    def opinion(self, image: ImageBatch, foreground: torch.Tensor, generator: torch.Generator) -> Opinion:
+        """Ask all models about all foreground classes the student finds.
+
+        Args:
+            image: unlabelled patches ``[U, C, X, Y, Z]``.
+            foreground: the student's probabilities ``[U, K-1, X, Y, Z]``.
+            generator: of the clicks.
+        """
+        prompts = {
+            (row, index): found
+            for row in range(foreground.shape[0])
+            for index in range(foreground.shape[1])
+            if (found := first_prompts(foreground[row, index], self._asking, self._spacing_mm, generator))
+        }
+        asked = torch.zeros(foreground.shape[:2], dtype=torch.bool, device=foreground.device)
+        for key in prompts:
+            asked[key] = True
+        target, total = torch.zeros_like(foreground), torch.zeros_like(foreground)
+        agreement, quality = [0.0], [0.0]
+        if prompts:
+            agreement, quality = [], []
+            for model, memory in zip(self._models, self._memories, strict=True):
+                answers = self._answers(model, memory, image, foreground, prompts, generator)
+                merged = self._merged(answers, prompts, asked, foreground)
+                alike = soft_dice(foreground[asked], merged[asked])
+                weight = self._weight(answers, alike, foreground[asked], merged[asked])
+                target[asked] += weight * merged[asked]
+                total[asked] += weight
+                agreement.append(float(alike.mean()))
+                quality.append(float(answers.quality.mean()))
+        share = total.clamp_min(1e-8)
+        return Opinion(
+            target / share,
+            total / len(self._models),
+            asked,
+            sum(agreement) / len(agreement),
+            sum(quality) / len(quality),
+            prompts,
+        )
+
+    def _answers(
+        self,
+        model: Promptable,
+        memory: _Memory,
+        image: ImageBatch,
+        foreground: torch.Tensor,
+        prompts: Mapping[tuple[int, int], Sequence[Prompt]],
+        generator: torch.Generator,
+    ) -> Answers:
+        """Of one model to all prompts; in the order of `prompts`, which is that of ``asked.nonzero()``."""
+        embedding, known = memory.embed(model, image, sorted({row for row, _ in prompts}), self._spacing_mm)
+        wished = torch.stack([foreground[key] for key in prompts])
+        rows = [known[row] for row, _ in prompts]
+        return converse(
+            model, embedding, rows, wished, list(prompts.values()), self._asking, self._spacing_mm, generator
+        )
+
+    def _merged(
+        self,
+        answers: Answers,
+        prompts: Mapping[tuple[int, int], Sequence[Prompt]],
+        asked: torch.Tensor,
+        foreground: torch.Tensor,
+    ) -> torch.Tensor:
+        masks = torch.zeros_like(foreground)
+        for key, mask in zip(prompts, answers.probability, strict=True):
+            masks[key] = mask
+        return merge_masks(masks, asked)
+
+    def _weight(
+        self, answers: Answers, agreement: torch.Tensor, student: torch.Tensor, model: torch.Tensor
+    ) -> torch.Tensor:
+        """``[N, X, Y, Z]``; 1 without a gate, but for the spread when that was asked for."""
+        if not self.options.gate:
+            alike = 1 - 4 * answers.spread if "uncertainty" in self.options.prompts else torch.ones_like(model)
+            return alike.clamp(0, 1)
+        voxels = voxel_gate(student, model, answers.spread, self.options.doubt)
+        masks = mask_gate(agreement, answers.quality, self.options.agreement, self.options.quality)
+        return masks[:, None, None, None] * voxels
+
+    def _note(self, step: Step, foreground: torch.Tensor, opinion: Opinion) -> None:
+        """Keep what the log and the pictures show of this step."""
+        asked = opinion.asked
+        self._numbers = {
+            "asked": float(asked.float().mean()),
+            "agreement": opinion.agreement,
+            "quality": opinion.quality,
+            "gate": float(opinion.weight[asked].mean()) if bool(asked.any()) else 0.0,
+        }
+        assert step.unlabelled is not None
+        self._shown = {"image": step.unlabelled.image, "student": foreground, "opinion": opinion}
+
+    def numbers(self) -> Mapping[str, float]:
+        """Share of classes asked for, agreement with the student, the model's own quality and the mean weight."""
+        return self._numbers
+
+    def picture(self) -> NDArray[Any] | None:
+        """Patches with the student's mask, the clicks and the model's mask, of the latest step."""
+        from scarceseg.report.patches import dialogue_picture
+
+        if not self._shown:
+            return None
+        opinion: Opinion = self._shown["opinion"]
+        return dialogue_picture(
+            self._shown["image"], self._shown["student"], opinion.probability, opinion.weight, opinion.prompts
+        )
+
+
+class _Memory:
+    """The last patches one model embedded; one that comes again is not embedded again."""
+
+    def __init__(self, size: int) -> None:
+        self.kept: deque[tuple[torch.Tensor, Embedding, int]] = deque(maxlen=size)
+
+    def embed(
+        self, model: Promptable, image: ImageBatch, rows: Sequence[int], spacing_mm: Spacing
+    ) -> tuple[Embedding, dict[int, int]]:
+        """The embedding of the rows asked about, new ones in one batch, and where in it each row is."""
+        known = {row: found for row in rows if (found := self._recall(image[row])) is not None}
+        new = [row for row in rows if row not in known]
+        parts = list(known.values())
+        if new:
+            fresh = model.embed(image[new], spacing_mm)
+            if any(part.frame != fresh.frame for part in parts):  # made for their batch alone: cannot be joined
+                return model.embed(image[list(rows)], spacing_mm), {row: place for place, row in enumerate(rows)}
+            self.kept.extend((image[row].clone(), fresh, place) for place, row in enumerate(new))
+            parts.append(fresh)
+        places = {row: place for place, row in enumerate([*known, *new])}
+        return (parts[0] if len(parts) == 1 else _joined(parts)), places
+
+    def _recall(self, patch: torch.Tensor) -> Embedding | None:
+        return next((made.select([place]) for image, made, place in self.kept if torch.equal(image, patch)), None)
+
+
+def _joined(parts: Sequence[Embedding]) -> Embedding:
+    features = {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features}
+    return Embedding(features, parts[0].size, parts[0].frame)

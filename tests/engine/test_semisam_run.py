@@ -1,0 +1,122 @@
+"""SemiSAM in a run: hidden labels stay hidden, a stopped run goes on as it was, models are built once, and what is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scarceseg.config import Config
+from scarceseg.engine import workspace as workspace_module
+from scarceseg.engine.run import train
+from scarceseg.errors import ConfigError, Interrupted
+from scarceseg.foundation.tiny_sam import save_tiny_sam
+from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
+from scarceseg.methods.semisam import SemiSam
+from scarceseg.methods.sfr import Sfr
+from tests.engine.test_run import lines, same
+from tests.engine.test_stages import stop_in
+from tests.foundation.small import small_net, small_sam
+from tests.tiny import tiny_config, tiny_dataset
+
+LOOSE = {"agreement": [0.0, 0.1], "quality": [0.0, 0.0], "threshold": 0.3, "confident": 0.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Small models of the usual kinds are what these runs take when none is named."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_tiny_sam(folder / "sam.safetensors", small_sam())
+    save_tiny_sam3d(folder / "sam3d.safetensors", small_net())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sfr, "foundation", str(folder / "sam.safetensors"))
+        patch.setattr(SemiSam, "foundation", str(folder / "sam3d.safetensors"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+def config_of(data: Path, method: str = "mean-teacher+semisam", **rest: Any) -> Config:
+    terms = {"semisam": LOOSE | rest.pop("semisam", {})} | rest.pop("terms", {})
+    return tiny_config(data, method=method, terms=terms, log_every=1, **rest)
+
+
+def asked(run: Path) -> list[float]:
+    return [entry["asked/semisam"] for entry in lines(run) if entry["stage"] == "train"]
+
+
+def test_stopped_and_resumed_is_bit_for_bit_the_same(data: Path, tmp_path: Path) -> None:
+    train(config_of(data), tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in("train", 2, patch)
+        with pytest.raises(Interrupted):
+            train(config_of(data), tmp_path / "cut")
+    train(config_of(data), tmp_path / "cut", resume=True)
+    assert max(asked(tmp_path / "whole")) > 0
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert [e["loss"] for e in lines(tmp_path / "whole")] == [e["loss"] for e in lines(tmp_path / "cut")]
+
+
+def test_hidden_labels_are_never_opened(tmp_path: Path) -> None:
+    for name in ("clean", "garbage"):
+        folder = tiny_dataset(tmp_path / name)
+        if name == "garbage":
+            for case in ("case_02", "case_03", "case_04"):
+                (folder / "labelsTr" / f"{case}.nii.gz").write_bytes(b"not an image")
+        train(config_of(folder, labeled=2), tmp_path / f"run_{name}", cache=tmp_path / f"cache_{name}")
+    assert max(asked(tmp_path / "run_clean")) > 0
+    assert same(tmp_path / "run_clean", tmp_path / "run_garbage")
+
+
+def test_the_term_changes_what_is_learnt(data: Path, tmp_path: Path) -> None:
+    """A run in which nothing is asked would pass every other test here."""
+    train(config_of(data, semisam={"weight": 5.0, "ramp": "constant"}), tmp_path / "with")
+    train(config_of(data, semisam={"weight": 0.0}), tmp_path / "without")
+    assert not same(tmp_path / "with", tmp_path / "without")
+
+
+def test_log_and_pictures(data: Path, tmp_path: Path) -> None:
+    train(config_of(data, iterations=6), tmp_path / "run")
+    entries = [e for e in lines(tmp_path / "run") if e["stage"] == "train"]
+    for key in ("asked", "agreement", "quality", "gate"):
+        assert all(0 <= entry[f"{key}/semisam"] <= 1 for entry in entries)
+    pictures = sorted((tmp_path / "run" / "pictures").glob("train-semisam-*.png"))
+    assert [path.stem[-6:] for path in pictures] == [f"{i:06d}" for i in range(6)]
+    assert np.asarray(Image.open(pictures[0])).ndim == 3
+
+
+def test_in_sum_with_sfr_each_takes_its_own_model_built_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    original = workspace_module.load_foundation
+
+    def spy(name: str, *rest: Any) -> Any:
+        built.append(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(workspace_module, "load_foundation", spy)
+    config = config_of(
+        data, "mean-teacher+sfr+semisam", terms={"sfr": {"tune_iterations": 1}}, iterations=2, labeled=2
+    )
+    train(config, tmp_path / "run")
+    assert sorted(built) == sorted([Sfr.foundation, SemiSam.foundation])
+
+
+def test_several_models(data: Path, tmp_path: Path) -> None:
+    own = str(SemiSam.foundation)
+    train(config_of(data, semisam={"foundation": [own, own]}, iterations=2), tmp_path / "twice")
+    train(config_of(data, iterations=2), tmp_path / "once")
+    assert asked(tmp_path / "twice") == asked(tmp_path / "once")
+
+
+def test_a_model_that_cannot_be_prompted_is_refused_in_one_message(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be prompted; name one that can"):
+        train(config_of(data, foundation=str(Sfr.foundation)), tmp_path / "run")
