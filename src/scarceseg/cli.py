@@ -137,7 +137,10 @@ def train(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder, or any folder with model.json and model.safetensors.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Run folder, bundle of 'export', or any folder with model.json and model.safetensors."),
+    ],
     inputs: Annotated[list[Path], typer.Argument(help="Image files, folders of images, or one DICOM series folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks.")],
     probabilities: Annotated[bool, typer.Option(help="Also write the probability of each class.")] = False,
@@ -162,6 +165,18 @@ def predict(
         device=device,
     )
     typer.echo(f"{len(written)} files in {out}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, or any folder with model.json and model.safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder to make (bundle), or file (.onnx, .ts).")],
+    to: Annotated[str, typer.Option(help="bundle (MONAI), onnx or torchscript.")] = "bundle",
+) -> None:
+    """Write the trained network for other programs, checked against the original."""
+    from scarceseg.inference.export_model import export_model
+
+    typer.echo(f"{to}: {export_model(run, out, to)}")
 
 
 @app.command()

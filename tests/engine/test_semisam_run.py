@@ -103,9 +103,7 @@ def test_in_sum_with_sfr_each_takes_its_own_model_built_once(
         return original(name, *rest)
 
     monkeypatch.setattr(workspace_module, "load_foundation", spy)
-    config = config_of(
-        data, "mean-teacher+sfr+semisam", terms={"sfr": {"tune_iterations": 1}}, iterations=2, labeled=2
-    )
+    config = config_of(data, "mean-teacher+sfr+semisam", terms={"sfr": {"tune_iterations": 1}}, iterations=2, labeled=2)
     train(config, tmp_path / "run")
     assert sorted(built) == sorted([Sfr.foundation, SemiSam.foundation])
 

@@ -1,8 +1,13 @@
-"""The two files a trained network is: ``model.json`` says what it is, ``model.safetensors`` holds its weights."""
+"""The two files a trained network is: ``model.json`` says what it is, ``model.safetensors`` holds its weights.
+
+A MONAI bundle holds the same under names of its own: the entry ``scarceseg`` of ``configs/metadata.json``, and the state
+dictionary ``models/model.pt``.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +25,11 @@ from scarceseg.networks.base import SegmentationNetwork, build_network
 
 MODEL_FORMAT = 1
 """Raised when an older program would misread a model."""
+
+BUNDLE_INFO = Path("configs", "metadata.json")
+BUNDLE_KEY = "scarceseg"
+BUNDLE_WEIGHTS = Path("models", "model.pt")
+"""Where a MONAI bundle holds the description, under which key, and the weights."""
 
 
 class ModelInfo(BaseModel):
@@ -88,7 +98,7 @@ def load_model(folder: Path) -> tuple[SegmentationNetwork, Plan, ModelInfo]:
     """Read both files.
 
     Args:
-        folder: run folder, or its ``model.json``.
+        folder: run folder, or its ``model.json``, or a MONAI bundle that ``scarceseg export`` wrote.
 
     Returns:
         The network on the CPU in evaluation mode, its plan and the whole description.
@@ -97,28 +107,50 @@ def load_model(folder: Path) -> tuple[SegmentationNetwork, Plan, ModelInfo]:
         RunError: a file is missing or damaged, was written by a newer version, or the weights do not fit the network.
     """
     folder = folder.parent if folder.name == "model.json" else folder
-    info = _read_info(folder)
-    weights = folder / "model.safetensors"
+    load: Callable[[SegmentationNetwork, Path], object]
+    if is_bundle(folder):
+        described, weights, load = folder / BUNDLE_INFO, folder / BUNDLE_WEIGHTS, _load_state
+    else:
+        described, weights, load = folder / "model.json", folder / "model.safetensors", load_weights
+    info = _read_info(folder, described)
     if not weights.is_file():
-        raise RunError(f"{folder} has a model.json but no model.safetensors: copy both files of the run")
+        raise RunError(f"{folder} has a {described.name} but no {weights.name}: copy both files of the run")
     try:
         network = build_network(info.network.name, len(info.channels), len(info.classes), info.network.args)
     except ConfigError as error:
-        raise RunError(f"{folder / 'model.json'} names a network that cannot be built here: {error}") from None
+        raise RunError(f"{described} names a network that cannot be built here: {error}") from None
+    _fill(network, weights, load, f"{info.network.name!r} of {described.name}")
+    return network.eval(), info.plan, info
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is laid out as a MONAI bundle and not as a run."""
+    return (folder / BUNDLE_INFO).is_file() and not (folder / "model.json").is_file()
+
+
+def _fill(
+    network: SegmentationNetwork, weights: Path, load: Callable[[SegmentationNetwork, Path], object], name: str
+) -> None:
     try:
-        load_weights(network, weights)
+        load(network, weights)
     except (SafetensorError, OSError) as error:
         raise RunError(f"cannot read {weights}: {error}; it is damaged or cut short, copy it again") from None
     except RuntimeError as error:
         raise RunError(
-            f"the weights in {weights} do not fit the network {info.network.name!r} of model.json "
-            f"({_shorten(str(error))}): take both files from the same run"
+            f"the weights in {weights} do not fit the network {name} ({_shorten(str(error))}): "
+            "take both files from the same run"
         ) from None
-    return network.eval(), info.plan, info
 
 
-def _read_info(folder: Path) -> ModelInfo:
-    path = folder / "model.json"
+def _load_state(network: SegmentationNetwork, path: Path) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged bytes torch.load fails in many ways
+        raise OSError((str(error) or type(error).__name__).splitlines()[0]) from None
+    network.load_state_dict(state)
+
+
+def _read_info(folder: Path, path: Path) -> ModelInfo:
     if not folder.is_dir():
         raise RunError(f"there is no run folder {folder}: check the path")
     if not path.is_file():
@@ -127,6 +159,12 @@ def _read_info(folder: Path) -> ModelInfo:
         raise RunError(f"{folder} holds no model.json: {hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == BUNDLE_INFO.name:
+            if BUNDLE_KEY not in values:
+                raise RunError(
+                    f"{folder} is a MONAI bundle that another program wrote: run it with 'python -m monai.bundle run'"
+                )
+            values = values[BUNDLE_KEY]
         version = values.get("format", 0)
         if isinstance(version, int) and version > MODEL_FORMAT:
             raise RunError(f"{path} has format {version}, this version reads up to {MODEL_FORMAT}: update scarceseg")

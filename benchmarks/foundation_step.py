@@ -1,0 +1,160 @@
+"""One training step with a foundation model's help, as a ratio to the same step without: SFR in both variants, SemiSAM.
+
+    python benchmarks/foundation_step.py [--cases sfr,sfr-crop-tiny-sam,sfr-crop-sam-vit-b,semisam,semisam-paper] [--patch 64,64,48]
+
+The base is Mean Teacher on 2 labelled and 2 unlabelled patches through V-Net-16. `sfr` takes labels made once, `sfr-crop-*` runs the
+tuned model in every step, as the authors' script does. Of SemiSAM, the time of embedding, prompting and answering is kept too.
+Weights are random but for the small models': sizes are what matters. The student's prediction is that of a network trained
+for a few steps on the labelled patches, so that there is something to ask about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from common import provenance, save
+from scarceseg.config import OptimConfig
+from scarceseg.engine.loop import build_optimizer, place, train_step
+from scarceseg.engine.selftest import to_memory_format
+from scarceseg.foundation.base import Tuning
+from scarceseg.foundation.load import load_foundation
+from scarceseg.methods import build_terms, semisam
+from scarceseg.methods.base import Term
+from scarceseg.methods.semisam import SemiSam
+from scarceseg.networks import build_network
+from scarceseg.types import Labelled, Unlabelled
+
+CODE = ("engine/loop.py", "engine/ema.py", "networks/vnet.py", "methods", "foundation", "functional")
+CASES = "sfr,sfr-crop-tiny-sam,sfr-crop-sam-vit-b,semisam,semisam-paper"
+PAPER: dict[str, Any] = {"prompts": ["point"], "clicks": 1, "gate": False}
+Patch = tuple[int, int, int]
+
+
+class Crops:
+    """A tuned model that labels every training patch, as the published script does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    @torch.no_grad()
+    def on_patch(self, image: torch.Tensor) -> torch.Tensor:
+        """Class probabilities."""
+        return self.network(image).float().softmax(1)
+
+
+def tuned(name: str, patch: Patch) -> nn.Module:
+    """A model opened for two classes on patches."""
+    if name == "sam-vit-b":
+        from transformers import SamConfig, SamModel
+
+        from scarceseg.foundation.sam_volume import SamPromptable
+
+        return SamPromptable(SamModel(SamConfig()), name).tunable(1, 2, Tuning(), patch).eval()
+    model: Any = load_foundation(name)
+    network: nn.Module = model.tunable(1, 2, Tuning(), patch).eval()
+    return network
+
+
+def terms_of(case: str, patch: Patch) -> dict[str, Term]:
+    """Mean Teacher and what `case` adds."""
+    if case == "base":
+        return build_terms("mean-teacher", {}, 2)
+    if case.startswith("semisam"):
+        terms = build_terms("mean-teacher+semisam", {"semisam": PAPER if case == "semisam-paper" else {}}, 2)
+        term = terms["semisam"]
+        assert isinstance(term, SemiSam)
+        term.consult([load_foundation("tiny-sam3d")], (1.25, 1.25, 1.25))  # type: ignore[list-item]
+        return terms
+    model = case.removeprefix("sfr-crop-")
+    terms = build_terms("mean-teacher+sfr", {"sfr": {"labels": "volume" if model == case else "crop"}}, 2)
+    if model != case:
+        terms["sfr"]._teacher = [Crops(tuned(model, patch))]  # type: ignore[assignment,operator]
+    return terms
+
+
+def batch_of(patch: Patch) -> tuple[Labelled, Unlabelled]:
+    """Noise with a bright ball, so that a student learns within a few steps to find something."""
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in patch), indexing="ij")
+    ball = (sum(axis**2 for axis in axes) < 0.4).long()
+    images = torch.randn(4, 1, *patch) + 3 * ball
+    fields = {"sfr/label": ball.to(torch.uint8).repeat(2, 1, 1, 1)}
+    return Labelled(images[:2], ball.repeat(2, 1, 1, 1), ("a", "b")), Unlabelled(images[2:], ("c", "d"), fields)
+
+
+@contextmanager
+def watched(parts: dict[str, float]) -> Iterator[None]:
+    """Add up the time SemiSAM spends in its three parts."""
+    kept = {"prompt": semisam.first_prompts, "answer": semisam.converse}
+    original = semisam._Memory.embed
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*arguments: Any) -> Any:
+            since = time.perf_counter()
+            result = call(*arguments)
+            parts[name] = parts.get(name, 0.0) + time.perf_counter() - since
+            return result
+
+        return inner
+
+    semisam.first_prompts, semisam.converse = timed("prompt", kept["prompt"]), timed("answer", kept["answer"])
+    semisam._Memory.embed = timed("embed", original)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        semisam.first_prompts, semisam.converse = kept["prompt"], kept["answer"]
+        semisam._Memory.embed = original  # type: ignore[method-assign]
+
+
+def seconds(case: str, patch: Patch, repeats: int) -> dict[str, Any]:
+    """Best of some steps, and the parts of that step."""
+    torch.manual_seed(0)
+    student = to_memory_format(build_network("vnet", 1, 2), "channels_last_3d")
+    batch = place(batch_of(patch), torch.device("cpu"), "channels_last_3d")
+    warm = build_terms("supervised", {}, 2)
+    optimizer = build_optimizer(OptimConfig(lr=0.05), student, warm)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(6):
+        train_step(student, student, warm, optimizer, (batch[0], None), t, 100, generator)
+    terms = terms_of(case, patch)
+    for term in terms.values():
+        term.attach(student)
+    optimizer = build_optimizer(OptimConfig(lr=1e-4), student, terms)
+    found: dict[str, Any] = {"seconds": float("inf")}
+    for t in range(repeats + 1):
+        parts: dict[str, float] = {}
+        since = time.perf_counter()
+        with watched(parts):
+            train_step(student, student, terms, optimizer, batch, t, 1000, generator)
+        spent = time.perf_counter() - since
+        if t and spent < found["seconds"]:
+            found = {"seconds": spent, "parts": parts}
+    if isinstance(term := terms.get("semisam"), SemiSam):
+        found["asked"] = term.numbers()["asked"]
+    return found
+
+
+def main() -> None:
+    """Measure the base before each case, in one process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--patch", default="64,64,48")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    x, y, z = map(int, options.patch.split(","))
+    for case in options.cases.split(","):
+        base = seconds("base", (x, y, z), options.repeats)["seconds"]
+        result = seconds(case, (x, y, z), options.repeats)
+        result |= {"case": case, "patch": [x, y, z], "base": base, "ratio": result["seconds"] / base}
+        save(f"foundation_step/{case}_{x}x{y}x{z}", result | provenance(CODE))
+        print(f"{case}: {result['seconds']:.2f} s, base {base:.2f} s, parts {result.get('parts')}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
