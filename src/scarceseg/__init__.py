@@ -11,7 +11,7 @@ The flow, and the folders that show it::
 the one loop and leaves a run folder, `inference` writes masks in the geometry of their input, `evaluation` measures
 them and `report` shows a run on one page.
 
-Public names: `Config`, `train`, `predict`, `segment`, `evaluate`, and the errors they raise.
+Public names: `Config`, `train`, `predict`, `segment`, `evaluate`, `suggest`, and the errors they raise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from scarceseg.errors import ConfigError, DataError, RunError, ScarceSegError
 
 if TYPE_CHECKING:
+    from scarceseg.active.suggest import suggest
     from scarceseg.config import Config
     from scarceseg.engine.run import train
     from scarceseg.evaluation.evaluate import evaluate
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "predict",
     "segment",
+    "suggest",
     "train",
 ]
 
@@ -48,6 +50,7 @@ _LAZY = {
     "predict": "scarceseg.inference.predictor",
     "segment": "scarceseg.inference.segment",
     "evaluate": "scarceseg.evaluation.evaluate",
+    "suggest": "scarceseg.active.suggest",
 }
 
 
