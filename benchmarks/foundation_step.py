@@ -1,8 +1,9 @@
 """One training step with a foundation model's help, as a ratio to the same step without: SFR in both variants, SemiSAM.
 
-    python benchmarks/foundation_step.py [--cases sfr,sfr-crop-tiny-sam,sfr-crop-sam-vit-b,semisam,semisam-paper] [--patch 64,64,48]
+    python benchmarks/foundation_step.py [--cases sfr,sfr-crop-tiny-sam,semisam,...] [--patch 64,64,48]
 
-The base is Mean Teacher on 2 labelled and 2 unlabelled patches through V-Net-16. `sfr` takes labels made once, `sfr-crop-*` runs the
+The base is Mean Teacher on 2 labelled and 2 unlabelled patches through V-Net-16. `sfr` takes labels made once,
+`sfr-crop-*` runs the
 tuned model in every step, as the authors' script does. Of SemiSAM, the time of embedding, prompting and answering is kept too.
 Weights are random but for the small models': sizes are what matters. The student's prediction is that of a network trained
 for a few steps on the labelled patches, so that there is something to ask about.
@@ -30,8 +31,8 @@ from scarceseg.methods.base import Term
 from scarceseg.methods.semisam import SemiSam
 from scarceseg.networks import build_network
 from scarceseg.types import Labelled, Unlabelled
+from tables import FOUNDATION_STEP
 
-CODE = ("engine/loop.py", "engine/ema.py", "networks/vnet.py", "methods", "foundation", "functional")
 CASES = "sfr,sfr-crop-tiny-sam,sfr-crop-sam-vit-b,semisam,semisam-paper"
 PAPER: dict[str, Any] = {"prompts": ["point"], "clicks": 1, "gate": False}
 Patch = tuple[int, int, int]
@@ -152,7 +153,7 @@ def main() -> None:
         base = seconds("base", (x, y, z), options.repeats)["seconds"]
         result = seconds(case, (x, y, z), options.repeats)
         result |= {"case": case, "patch": [x, y, z], "base": base, "ratio": result["seconds"] / base}
-        save(f"foundation_step/{case}_{x}x{y}x{z}", result | provenance(CODE))
+        save(f"foundation_step/{case}_{x}x{y}x{z}", result | provenance(FOUNDATION_STEP))
         print(f"{case}: {result['seconds']:.2f} s, base {base:.2f} s, parts {result.get('parts')}", flush=True)
 
 

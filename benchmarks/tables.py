@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import CLICKS, RESULTS, ROOT, TUNING, code_hash, training_code
+from common import CLICKS, RESULTS, ROOT, TUNING, code_hash, direct_code, training_code
 from scarceseg.evaluation.tables import markdown_table, published_rows
 
 STALE = "†"
+FOUNDATION_STEP = ("engine/loop.py", "engine/ema.py", "networks/vnet.py", "methods", "foundation", "functional")
 METHODS = ("supervised", "mean-teacher", "ua-mt")
 
 
@@ -28,27 +29,56 @@ def load(folder: str) -> list[dict[str, Any]]:
 
 def la_development() -> str:
     """LA development split, with the published figures (full resolution, other test cases) beside ours."""
-    order = {name: number for number, name in enumerate(METHODS)}
-    rows = sorted(
-        load("la_development"),
-        key=lambda r: (r["labels"], order.get(r["method"], len(order)), r["method"], r.get("name", "")),
-    )
+    direct = [row | {"name": "alone, no network"} for row in load("la_teachers")]
     lines = []
-    for row in rows:
+    for row in sorted([*direct, *load("la_development")], key=_by_labels):
         published = [p.dice for p in published_rows("LA", row["labels"]) if p.method == row["method"]]
-        mark = "" if row["code"] == code_hash(training_code(row["method"])) else f" {STALE}"
-        guesses = list(row.get("pseudo_labels", {}).values())
+        lines.append(_row(row) | {"published Dice": " / ".join(f"{p:.1f}" for p in published) or "-"})
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
+def phantoms_development() -> str:
+    """Four structures in two channels: the mean over them."""
+    lines = [_row(row) for row in sorted(load("phantoms_development"), key=_by_labels)]
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
+def _by_labels(row: dict[str, Any]) -> tuple[object, ...]:
+    order = {name: number for number, name in enumerate(METHODS)}
+    return row["labels"], order.get(row["method"], len(order)), row["method"], row.get("name", "")
+
+
+def _row(row: dict[str, Any]) -> dict[str, object]:
+    trained = "train_minutes" in row
+    code = training_code(row["method"]) if trained else direct_code(row["method"])
+    guesses = list(row.get("pseudo_labels", {}).values())
+    minutes = row["train_minutes"] + sum(row.get("stage_minutes", {}).values()) if trained else row["minutes"]
+    return {
+        "labels": row["labels"],
+        "method": f"{row['method']} {row.get('name', '')}".strip(),
+        "Dice [%]": f"{100 * row['dice']:.1f}" + ("" if row["code"] == code_hash(code) else f" {STALE}"),
+        "HD95 [mm]": _number(row["hd95_mm"]),
+        "ASD [mm]": _number(row["asd_mm"]),
+        "failed": row["failed"],
+        "pseudo-label Dice": " / ".join(f"{100 * guess['dice']:.1f}" for guess in guesses) or "-",
+        "minutes": f"{minutes:.0f}",
+    }
+
+
+def foundation_step() -> str:
+    """Seconds of a step with a foundation model's help beside the base step measured just before it."""
+    now = code_hash(FOUNDATION_STEP)
+    lines = []
+    for row in load("foundation_step"):
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row.get("parts", {}).items())
         lines.append(
             {
-                "labels": row["labels"],
-                "method": f"{row['method']} {row.get('name', '')}".strip(),
-                "Dice [%]": f"{100 * row['dice']:.1f}{mark}",
-                "HD95 [mm]": _number(row["hd95_mm"]),
-                "ASD [mm]": _number(row["asd_mm"]),
-                "failed": row["failed"],
-                "pseudo-label Dice": " / ".join(f"{100 * guess['dice']:.1f}" for guess in guesses) or "-",
-                "minutes": f"{row['train_minutes'] + sum(row.get('stage_minutes', {}).values()):.0f}",
-                "published Dice": " / ".join(f"{p:.1f}" for p in published) or "-",
+                "step": row["case"],
+                "patch": "x".join(map(str, row["patch"])),
+                "base [s]": f"{row['base']:.2f}",
+                "s/step": f"{row['seconds']:.2f}" + ("" if row["code"] == now else f" {STALE}"),
+                "ratio": f"{row['ratio']:.2f}",
+                "of it [s]": parts or "-",
             }
         )
     return markdown_table(lines) if lines else "Not measured yet."
@@ -150,6 +180,8 @@ def _number(value: float | None) -> str:
 
 TABLES = {
     "la-development": la_development,
+    "phantoms-development": phantoms_development,
+    "foundation-step": foundation_step,
     "step-speed": step_speed,
     "foundation-clicks": foundation_clicks,
     "foundation-cost": foundation_cost,

@@ -106,6 +106,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
 ) -> None:
     """Train a network and leave everything about it in the run folder."""
+    from scarceseg.engine.parallel import rank
     from scarceseg.engine.run import train as train_run
 
     config = _config(
@@ -126,6 +127,8 @@ def train(
         precision=precision,
     )
     result = train_run(config, out, resume=resume)
+    if rank() > 0:
+        return  # the first process tells
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if result.evaluation is not None:
@@ -209,6 +212,7 @@ def compare(
     baseline: Annotated[str | None, typer.Option(help="Test against this run's group, or this method's.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers here as JSON.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row a group, class and metric here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with tables, box plots and masks here.")] = None,
     units: Annotated[str | None, typer.Option(help="Unit of distances: mm or voxel; default as measured.")] = None,
     scores: Annotated[
         str, typer.Option(help="Result of 'evaluate --json' in each run folder, such as test.json.")
@@ -218,7 +222,8 @@ def compare(
     from scarceseg.evaluation.compare import compare as compare_runs
     from scarceseg.evaluation.comparison_tables import print_comparison
 
-    print_comparison(compare_runs(runs, baseline=baseline, json=json, csv=csv, units=units, scores=scores))  # type: ignore[arg-type]
+    found = compare_runs(runs, baseline=baseline, json=json, csv=csv, html=html, units=units, scores=scores)  # type: ignore[arg-type]
+    print_comparison(found)
 
 
 @app.command()
@@ -262,6 +267,21 @@ def segment(
     for note in result.notes:
         typer.echo(f"warning: {note}", err=True)
     typer.echo(f"mask: {out}  {result}")
+
+
+@app.command()
+def suggest(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Volumes to suggest.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Write the whole ranking here as JSON too.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Rank the unlabelled volumes of a run by what labelling them promises; the report shows the first ones."""
+    from scarceseg.active.suggest import suggest as suggest_cases
+    from scarceseg.active.words import print_suggestions
+
+    print_suggestions(suggest_cases(run, count, json=json, device=device))
+    typer.echo(f"report: {run / 'report.html'}")
 
 
 @app.command()
@@ -387,7 +407,8 @@ def guarded(call: Callable[[], Any]) -> int:
     try:
         call()
     except ScarceSegError as error:
-        typer.echo(f"error: {error}", err=True)
+        if not error.told:
+            typer.echo(f"error: {error}", err=True)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT):

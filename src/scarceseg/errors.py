@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class ScarceSegError(Exception):
-    """Base of every error that is the input's or the call's fault; the command line prints it and exits with 2."""
+    """Base of every error that is the input's or the call's fault; the command line prints it and exits with 2.
+
+    Attributes:
+        told: another process of the same run says it already.
+    """
+
+    told: bool = False
 
 
 class DataError(ScarceSegError):

@@ -32,7 +32,7 @@ def test_runs_of_train_are_compared(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    files = ["--json", tmp_path / "c.json", "--csv", tmp_path / "c.csv"]
+    files = ["--json", tmp_path / "c.json", "--csv", tmp_path / "c.csv", "--html", tmp_path / "c.html"]
     status, out, err = scarceseg("compare", *runs.values(), "--baseline", "supervised", *files, capsys=capsys)
     assert status == 0 and not err, err
     assert "tiny: 2 cases" in out and "2 cases are too few" in out
@@ -47,6 +47,8 @@ def test_runs_of_train_are_compared(
     assert found["std"] == pytest.approx(abs(dice[0] - dice[1]) / 2**0.5)
     rows = list(csv.DictReader((tmp_path / "c.csv").open(encoding="utf-8")))
     assert {row["method"] for row in rows} == {"supervised", "mean-teacher"}
+    page = (tmp_path / "c.html").read_text(encoding="ascii")
+    assert "Comparison on tiny" in page and 'aria-label="mean-teacher of case_03"' in page
 
 
 def test_other_scores_and_units(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

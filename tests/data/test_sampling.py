@@ -70,14 +70,6 @@ def test_every_case_is_visited_once_a_round() -> None:
         assert sorted(names) == ["u0", "u1", "u2", "u3"]
 
 
-def test_processes_share_the_global_batch() -> None:
-    whole = sampler(batch_labelled=2, batch_unlabelled=4)
-    halves = [sampler(batch_labelled=1, batch_unlabelled=2, rank=r, processes=2) for r in (0, 1)]
-    for t in range(3):
-        together = torch.cat([half.batch(t)[0].image for half in halves])
-        assert torch.equal(together, whole.batch(t)[0].image)
-
-
 def test_crops_cover_the_volume_and_stay_inside() -> None:
     size, patch = (13, 12, 9), (8, 8, 6)
     made = sampler(labelled=[source("a", size, 0)], augment=False, batch_labelled=1)

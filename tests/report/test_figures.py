@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from scarceseg.data.geometry import CANONICAL_DIRECTION
+from scarceseg.report.encode import png_uri
 from scarceseg.report.figures import (
     CLASS_COLOURS,
     PATIENT_VIEWS,
@@ -19,7 +20,6 @@ from scarceseg.report.figures import (
     overlay_png,
     peak,
     picture,
-    png_uri,
     tile_size,
 )
 

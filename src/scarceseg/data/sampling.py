@@ -87,12 +87,11 @@ class PatchSampler:
         labelled: sources with labels.
         unlabelled: sources without; may be empty when `batch_unlabelled` is 0.
         patch: voxels ``(X, Y, Z)``.
-        batch_labelled, batch_unlabelled: rows per process.
+        batch_labelled, batch_unlabelled: rows.
         seed: of the run.
         augment: random 90-degree rotation and flip in the slice plane; rotations by 90 degrees need X = Y, otherwise
             only half turns are drawn.
         foreground: share in [0, 1].
-        rank, processes: which slice of the global batch this process makes.
     """
 
     def __init__(
@@ -106,8 +105,6 @@ class PatchSampler:
         *,
         augment: bool = True,
         foreground: float = 0.0,
-        rank: int = 0,
-        processes: int = 1,
     ) -> None:
         self.sources = {"labelled": list(labelled), "unlabelled": list(unlabelled)}
         self.rows = {"labelled": batch_labelled, "unlabelled": batch_unlabelled}
@@ -115,8 +112,6 @@ class PatchSampler:
         self.seed = seed
         self.augment = augment
         self.foreground = foreground
-        self.rank = rank
-        self.processes = processes
         self._foreground_voxels: dict[str, NDArray[np.int64]] = {}
 
     def set_fields(self, fields: Mapping[str, Mapping[str, Array]]) -> None:
@@ -144,8 +139,7 @@ class PatchSampler:
         self, stream: str, iteration: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor], tuple[str, ...]]:
         count = self.rows[stream]
-        first = (iteration * self.processes + self.rank) * count
-        rows = [self._row(stream, first + i) for i in range(count)]
+        rows = [self._row(stream, iteration * count + i) for i in range(count)]
         maps = {key: torch.from_numpy(np.stack([row[key] for _, row in rows])) for key in rows[0][1]}
         return maps.pop("image"), maps.pop("label", None), maps, tuple(name for name, _ in rows)
 

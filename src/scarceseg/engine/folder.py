@@ -15,6 +15,7 @@ import torch
 
 from scarceseg.config import Config
 from scarceseg.engine.checkpoint import write_text
+from scarceseg.engine.parallel import rank
 from scarceseg.errors import RunError
 
 # Settings that do not change what is computed, only where and how often it is told.
@@ -87,11 +88,16 @@ def timed_stage(folder: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        stages = read_json(folder / "stages.json", {})
-        entry = stages.setdefault(stage, {"seconds": 0.0})
-        entry["seconds"] = round(entry["seconds"] + time.perf_counter() - start, 3)
-        entry["peak_memory_mb"] = peak_memory_mb()
-        write_json(folder / "stages.json", stages)
+        if rank() == 0:
+            _add_time(folder, stage, time.perf_counter() - start)
+
+
+def _add_time(folder: Path, stage: str, seconds: float) -> None:
+    stages = read_json(folder / "stages.json", {})
+    entry = stages.setdefault(stage, {"seconds": 0.0})
+    entry["seconds"] = round(entry["seconds"] + seconds, 3)
+    entry["peak_memory_mb"] = peak_memory_mb()
+    write_json(folder / "stages.json", stages)
 
 
 def peak_memory_mb() -> int:

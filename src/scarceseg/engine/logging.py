@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scarceseg.engine.checkpoint import write_atomic, write_text
+from scarceseg.engine.parallel import rank
 
 PICTURES = "pictures"
 """Folder of a run with what its terms drew."""
@@ -36,7 +37,8 @@ class Display:
         self._began = self._said = time.monotonic()
         self._bar: Progress | None = None
         console = Console(stderr=True)
-        if console.is_terminal:
+        self._silent = rank() > 0
+        if console.is_terminal and not self._silent:
             columns = (
                 "{task.description}",
                 BarColumn(),
@@ -72,6 +74,8 @@ class Display:
         self._note = note or self._note
         if self._bar:
             self._bar.update(self._task, completed=done, note=self._note)
+            return
+        if self._silent:
             return
         now = time.monotonic()
         if now - self._said >= self.every or done == self.total:

@@ -17,6 +17,7 @@ from torch import nn
 from scarceseg.config import OptimConfig
 from scarceseg.engine.checkpoint import load_checkpoint, save_checkpoint
 from scarceseg.engine.logging import RunLog
+from scarceseg.engine.parallel import Shared, agreed, average_gradients, is_lost, processes, share_statistics
 from scarceseg.engine.seeds import seed_step
 from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import DataError, Interrupted, RunError
@@ -174,6 +175,7 @@ def train_step(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
     clip_norm: float | None = None,
+    after_backward: Callable[[], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """One optimisation step: forward, sum of terms, backward, update, EMA.
 
@@ -181,6 +183,7 @@ def train_step(
         model: the student as it is called (wrapped for precision or several processes).
         student: the same network, bare.
         clip_norm: largest norm of the gradient; None does not clip.
+        after_backward: called when the gradients are there.
 
     Returns:
         Detached scalars: ``loss`` and ``loss/<term>`` (raw), ``weight/<term>``, and ``own/<term>`` for what a term adds
@@ -194,6 +197,8 @@ def train_step(
     weights = {name: term.weight(iteration, total) for name, term in terms.items()}
     loss = torch.stack([*(weights[name] * raw[name] for name in terms), *own.values()]).sum()
     backward(loss)
+    if after_backward is not None:
+        after_backward()
     if clip_norm is not None:
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
     optimizer.step()
@@ -263,7 +268,12 @@ class Loop:
         for term in task.terms.values():
             term.train()
         self.optimizer = build_optimizer(task.optim, task.student, task.terms)
-        self.model, self.wrapped = fabric.setup(as_called(self.student, task.terms), self.optimizer)
+        self.own = [p for term in task.terms.values() for p in term.trainable_parameters()]
+        if processes() > 1 and not isinstance(self.student, TunedModel):
+            share_statistics(self.student, fabric.device.type == "cuda")
+        model, self.wrapped = fabric.setup(as_called(self.student, task.terms), self.optimizer)
+        self.shared = Shared(model) if processes() > 1 else None
+        self.model: Called = self.shared or model
         self.generator = torch.Generator(device=fabric.device)
 
     def state(self, iteration: int) -> dict[str, Any]:
@@ -299,6 +309,17 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end."""
+        try:
+            self._run()
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise RunError(
+                f"another process of this run ended ({str(error).splitlines()[0][:120]}); start all of them again with --resume "
+                "to go on from the last checkpoint"
+            ) from None
+
+    def _run(self) -> None:
         task = self.task
         start = self.restore()
         self.log.rewind(task.stage, start)
@@ -314,7 +335,9 @@ class Loop:
                     lr = learning_rate(task.optim, iteration, task.iterations)
                     for group in self.optimizer.param_groups:
                         group["lr"] = lr
-                    seed_step(task.seed, iteration, self.generator, self.fabric.global_rank)
+                    seed_step(task.seed, iteration, self.generator)
+                    if self.shared is not None:
+                        self.shared.seed(task.seed, iteration)
                     values = self._step(batch, iteration)
                     finished = iteration + 1
                     if iteration % task.log_every == 0 or finished == task.iterations:
@@ -330,7 +353,7 @@ class Loop:
                     if finished % task.checkpoint_every == 0 or finished == end:
                         self.save(finished)
                         saved = finished
-                    if self.stop() and finished < task.iterations:
+                    if agreed(self.stop(), self.fabric.device) and finished < task.iterations:
                         if saved != finished:
                             self.save(finished)
                         raise Interrupted(
@@ -358,6 +381,7 @@ class Loop:
             self.fabric.autocast,
             self.fabric.backward,
             self.task.optim.clip_norm,
+            (lambda: average_gradients(self.own)) if self.shared is not None else None,
         )
 
     def _record(self, iteration: int, values: dict[str, torch.Tensor], lr: float, seconds: float) -> None:

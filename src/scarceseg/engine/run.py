@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 from scarceseg.config import Config
 from scarceseg.data.dataset import Dataset, Split, load_dataset, make_split
 from scarceseg.data.plan import Plan, fingerprint, make_plan
 from scarceseg.data.prepare import PreparedCase, prepare_cases
 from scarceseg.engine.checkpoint import write_text
-from scarceseg.engine.folder import environment, open_run, read_json, timed_stage, write_json
+from scarceseg.engine.folder import open_run, read_json, timed_stage, write_json
 from scarceseg.engine.logging import Display, RunLog
 from scarceseg.engine.loop import Loop, LoopTask
+from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
+from scarceseg.engine.parallel import first_alone, meet, processes, rank, wait
+from scarceseg.engine.pictures import keep_pool
 from scarceseg.engine.seeds import seed_init
-from scarceseg.engine.selftest import choose
 from scarceseg.engine.validation import Validation, finish
 from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import RunError
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms
-from scarceseg.networks.base import SegmentationNetwork, build_network, divisor_of
+from scarceseg.networks.base import build_network, divisor_of
 from scarceseg.report import build_report
 
 
@@ -64,25 +62,41 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     folder = Path(out)
     method_terms = build_terms(config.method, config.terms, classes=2)  # names and options are checked before any work
     config = _with_foundation(config, method_terms)
-    dataset = load_dataset(Path(config.dataset))
-    split = make_split(dataset, config.labeled, config.val)
+    meet(uses_cuda(config))
+    dataset, split = first_alone(lambda: _data(config))
     divisor = divisor_of(config.network.name, config.network.args)
-    resumed = open_run(folder, config, resume)
-    with _stop_signals() as stop:
+    resumed = first_alone(lambda: open_run(folder, config, resume))
+    with stop_signals() as stop:
         warnings = [*split.warnings, *_useless(config, method_terms)]
         with timed_stage(folder, "prepare"):
-            plan = _plan(config, dataset, split, folder, divisor, resumed)
+            plan = first_alone(lambda: _plan(config, dataset, split, folder, divisor, resumed))
             warnings += plan.warnings
-            with Display("prepare", 0, len(split.labelled) + len(split.unlabelled)) as display:
-                cases = prepare_cases(
-                    split.labelled, split.unlabelled, plan, cache, lambda done, _, name: display.update(done, note=name)
-                )
+            cases = _prepared(split, plan, cache)
         terms = _terms(config, method_terms, split, plan, warnings)
         _train_stage(config, folder, split, plan, cases, terms, stop, cache, warnings)
+        if rank() > 0:
+            return RunResult(folder, None, ())
         write_json(folder / "warnings.json", warnings)
         build_report(folder)
     evaluation = read_json(folder / "evaluation.json", None)
     return RunResult(folder, evaluation, tuple(warnings))
+
+
+def _data(config: Config) -> tuple[Dataset, Split]:
+    dataset = load_dataset(Path(config.dataset))
+    return dataset, make_split(dataset, config.labeled, config.val)
+
+
+def _prepared(split: Split, plan: Plan, cache: Path | None) -> dict[str, PreparedCase]:
+    """All cases; with several processes each prepares its share first, and finds the others in the cache."""
+    if processes() > 1:
+        share = slice(rank(), None, processes())
+        prepare_cases(split.labelled[share], split.unlabelled[share], plan, cache)
+        wait()
+    with Display("prepare", 0, len(split.labelled) + len(split.unlabelled)) as display:
+        return prepare_cases(
+            split.labelled, split.unlabelled, plan, cache, lambda done, _, name: display.update(done, note=name)
+        )
 
 
 def _with_foundation(config: Config, terms: dict[str, Term]) -> Config:
@@ -145,7 +159,7 @@ def _train_stage(
 ) -> None:
     seed_init(config.seed)
     student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
-    fabric, precision, memory_format = _fabric(config, folder, student, plan)
+    fabric, precision, memory_format = make_fabric(config, folder, student, plan)
     student.to(fabric.device)
     with closing(RunLog(folder, fabric.is_global_zero)) as log:
         work = Workspace(
@@ -221,6 +235,7 @@ def _train_stage(
     save_model(folder, student, config.network, plan, summary)
     with timed_stage(folder, "validate"):
         finish(folder, split, config.device)
+        keep_pool(work, terms)
 
 
 def _offline_stage(work: Workspace, name: str, term: Term, stage: str) -> None:
@@ -246,51 +261,3 @@ def _fields(work: Workspace, terms: dict[str, Term]) -> dict[str, dict[str, Any]
         case.name: {key: values for term in terms.values() for key, values in term.fields(case.name, work).items()}
         for case in work.unlabelled
     }
-
-
-def _fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Plan) -> tuple[Fabric, str, str]:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: this machine shows no CUDA device; use --device cpu or auto")
-    accelerator = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
-    path = folder / "environment.json"
-    known = read_json(path, {})
-    device = torch.device(accelerator)
-    if known.get("device") == accelerator:
-        # A resumed run keeps the arithmetic it was started with.
-        precision, memory_format = known["precision"], known["memory_format"]
-    else:
-        precision, memory_format, measured = choose(
-            student, len(plan.channels), plan.patch, student.divisor, device, config.precision, config.memory_format
-        )
-        chosen = {"device": accelerator, "precision": precision, "memory_format": memory_format}
-        write_json(path, environment() | chosen | {"selftest_seconds": measured})
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        strategy="ddp" if processes > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-    )
-    fabric.launch()
-    return fabric, precision, memory_format
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, _: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-STREAMS = {"labelled": 1, "unlabelled": 2, "step": 3, "init": 4, "stage": 5}
+STREAMS = {"labelled": 1, "unlabelled": 2, "step": 3, "init": 4, "stage": 5, "processes": 6}
 
 
 def rng(seed: int, stream: str, *counters: int) -> np.random.Generator:
@@ -16,9 +16,9 @@ def rng(seed: int, stream: str, *counters: int) -> np.random.Generator:
     return np.random.default_rng([seed, STREAMS[stream], *counters])
 
 
-def seed_step(seed: int, iteration: int, generator: torch.Generator, rank: int = 0) -> None:
-    """Seed dropout (torch's global generator) and the terms' `generator` for one iteration of one process."""
-    first, second = rng(seed, "step", iteration, rank).integers(0, 2**63 - 1, 2)
+def seed_step(seed: int, iteration: int, generator: torch.Generator) -> None:
+    """Seed dropout (torch's global generator) and the terms' `generator` for one iteration."""
+    first, second = rng(seed, "step", iteration, 0).integers(0, 2**63 - 1, 2)
     torch.manual_seed(int(first))
     generator.manual_seed(int(second))
 

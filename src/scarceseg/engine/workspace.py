@@ -205,7 +205,7 @@ def patch_sampler(
     fields: Mapping[str, Mapping[str, Array]],
     needs_unlabelled: bool,
 ) -> PatchSampler:
-    """The run's batches.
+    """The run's batches: of all processes together, since each makes all rows (see `scarceseg.engine.parallel`).
 
     Args:
         seed: of the draws.
@@ -217,11 +217,9 @@ def patch_sampler(
         [Source(c.name, c.image, c.label) for c in labelled],
         [Source(c.name, c.image, fields=fields.get(c.name)) for c in pool],
         plan.patch,
-        config.batch_labeled,
-        config.batch_unlabeled if pool else 0,
+        config.batch_labeled * fabric.world_size,
+        config.batch_unlabeled * fabric.world_size if pool else 0,
         seed,
         augment=config.augment,
         foreground=config.foreground,
-        rank=fabric.global_rank,
-        processes=fabric.world_size,
     )

@@ -28,6 +28,7 @@ def compare(
     baseline: str | None = None,
     json: Path | None = None,
     csv: Path | None = None,
+    html: Path | None = None,
     units: Units | None = None,
     scores: str = EVALUATION,
 ) -> Comparison:
@@ -41,6 +42,7 @@ def compare(
         runs: run folders; runs that have not come to their end are left out with a warning.
         baseline: run folder, or method; a method stands for its group with the same number of labels.
         json, csv: files to write all numbers to.
+        html: page to write: tables, box plots, and masks of the same cases side by side.
         units: of distances; None takes those the runs were measured in.
         scores: file in each run folder with a result of `evaluate`, for cases other than the validation cases.
 
@@ -65,6 +67,10 @@ def compare(
         write_text(json, jsonlib.dumps(comparison.to_json(), indent=1, allow_nan=False) + "\n")
     if csv is not None:
         write_text(csv, to_csv(comparison))
+    if html is not None:
+        from scarceseg.report.compare import build_compare_report
+
+        build_compare_report(comparison, html)
     return comparison
 
 

@@ -58,7 +58,7 @@ def _means(comparison: Comparison, sources: list[str]) -> Table:
     if by_class:
         table.add_column("class")
     for metric in SHOWN:
-        table.add_column(escape(f"{HEADERS[metric]} [{_unit(metric, comparison)}]"), justify="right")
+        table.add_column(escape(f"{HEADERS[metric]} [{unit_of(metric, comparison)}]"), justify="right")
     for index, group in enumerate(comparison.groups):
         for scope in comparison.scopes if by_class else [OVERALL]:
             name = ["all classes" if scope is OVERALL else escape(scope)] if by_class else []
@@ -68,21 +68,21 @@ def _means(comparison: Comparison, sources: list[str]) -> Table:
                 if first
                 else ["", "", ""]
             )
-            cells = [_spread(group.metrics[scope][metric], metric) for metric in SHOWN]
+            cells = [spread_text(group.metrics[scope][metric], metric) for metric in SHOWN]
             table.add_row(*lead, *name, *cells, style="bold" if scope is OVERALL else None)
         last = index + 1 == len(comparison.groups) or comparison.groups[index + 1].labels != group.labels
-        for row in _rows_for(comparison, group, last):
+        for row in rows_for(comparison, group, last):
             if row.source not in sources:
                 sources.append(row.source)
             name = ["all classes"] if by_class else []
             best = "" if same_sum(row.method, group.method) else "best "
             what = f"{best}published, {row.method} [{sources.index(row.source) + 1}]"
-            cells = [_published(row, metric, comparison) for metric in SHOWN]
+            cells = [published_text(row, metric, comparison) for metric in SHOWN]
             table.add_row(escape(what), str(row.labeled), "-", *name, *cells, style="dim")
     return table
 
 
-def _rows_for(comparison: Comparison, group: Group, last: bool) -> list[PublishedRow]:
+def rows_for(comparison: Comparison, group: Group, last: bool) -> list[PublishedRow]:
     """Published rows that stand below a group: those of its method; the others below the last group of that number."""
     rows = [row for row in comparison.published if row.labeled == group.labels]
     same = [other for other in comparison.groups if other.labels == group.labels]
@@ -101,13 +101,13 @@ def _print_tests(comparison: Comparison, console: Console) -> None:
         table.add_column(heading)
     table.add_column("pairs", justify="right")
     for metric in TESTED:
-        table.add_column(escape(f"{HEADERS[metric]} [{_unit(metric, comparison)}]"), justify="right")
+        table.add_column(escape(f"{HEADERS[metric]} [{unit_of(metric, comparison)}]"), justify="right")
         table.add_column("p (Holm)" if corrected else "p", justify="right")
     for group in comparison.groups:
         if not group.tests:
             continue
         tests = [group.tests[OVERALL][metric] for metric in TESTED]
-        cells = [cell for metric, test in zip(TESTED, tests, strict=True) for cell in _test_cells(test, metric)]
+        cells = [cell for metric, test in zip(TESTED, tests, strict=True) for cell in difference_and_p(test, metric)]
         pairs = "/".join(dict.fromkeys(str(test.cases) for test in tests))
         table.add_row(
             escape(" ".join([group.method, *group.differing])),
@@ -123,7 +123,8 @@ def _print_tests(comparison: Comparison, console: Console) -> None:
             _say(console, f"not tested: {group.title}: {group.untested}")
 
 
-def _test_cells(test: PairedTest, metric: str) -> tuple[str, str]:
+def difference_and_p(test: PairedTest, metric: str) -> tuple[str, str]:
+    """Difference and p for people."""
     scale = 100 if metric in OVERLAPS else 1
     difference = "-" if math.isnan(test.difference) else f"{scale * test.difference:+.2f}"
     p = test.p_holm
@@ -154,11 +155,12 @@ def to_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def _unit(metric: str, comparison: Comparison) -> str:
+def unit_of(metric: str, comparison: Comparison) -> str:
+    """Unit that values of a metric are shown in."""
     return "%" if metric in OVERLAPS else comparison.units
 
 
-def _spread(spread: Spread, metric: str) -> str:
+def spread_text(spread: Spread, metric: str) -> str:
     """Mean and deviation over seeds; in brackets how many values are undefined."""
     if math.isnan(spread.mean):
         return "-"
@@ -167,7 +169,8 @@ def _spread(spread: Spread, metric: str) -> str:
     return f"{scale * spread.mean:.2f}{deviation}" + (f" ({spread.undefined})" if spread.undefined else "")
 
 
-def _published(row: PublishedRow, metric: str, comparison: Comparison) -> str:
+def published_text(row: PublishedRow, metric: str, comparison: Comparison) -> str:
+    """Published value for people; a dash where there is none in the units of the comparison."""
     value, unit = row_metrics(row)[metric]
     if value is None or unit not in ("", comparison.units):
         return "-"

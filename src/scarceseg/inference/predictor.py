@@ -12,6 +12,7 @@ import torch
 from scarceseg.data.images import list_images, read_volume
 from scarceseg.data.prepare import prepare_volume
 from scarceseg.engine.logging import Display
+from scarceseg.engine.parallel import processes, rank
 from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import DataError, RunError
 from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
@@ -153,7 +154,8 @@ def predict(
 
     Writes ``CASE.EXT`` with class indices, on request ``CASE_prob_CLASS.EXT`` (float32 in [0, 1], one file a class) and
     ``CASE_uncertainty.EXT`` (float32, entropy / ln K in [0, 1]). A DICOM series becomes ``.nii.gz``. The next volume is
-    read and the last result written while the network works. A case that cannot be used does not stop the others.
+    read and the last result written while the network works. A case that cannot be used does not stop the others. Started by
+    ``torchrun``, each process takes every W-th case.
 
     Args:
         run: folder with ``model.json`` and ``model.safetensors``.
@@ -176,8 +178,10 @@ def predict(
     predictor = Predictor(run, device=device, legacy=legacy, batch=batch)
     entries = [inputs] if isinstance(inputs, str | Path) else inputs
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
-    jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)
+    jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)[rank() :: processes()]
     open_folder(Path(out))
+    if not jobs:
+        return []
     with ExitStack() as stack:
         report = on_progress or _bar(stack.enter_context(Display("predict", 0, len(jobs))))
         written, failed = _run_jobs(predictor, jobs, largest_component, report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -168,9 +169,10 @@ def check_statistics(image: ImageBatch, divisor: tuple[int, int, int], normaliza
     Raises:
         ConfigError: one voxel per channel under instance norm, or per channel and batch under batch norm in training.
     """
+    rows = image.shape[0] * int(os.environ.get("WORLD_SIZE", "1"))  # several processes share their statistics
     voxels = math.prod(side // step for side, step in zip(image.shape[2:], divisor, strict=True))
     if (normalization == "instancenorm" and voxels == 1) or (
-        normalization == "batchnorm" and training and voxels * image.shape[0] == 1
+        normalization == "batchnorm" and training and voxels * rows == 1
     ):
         raise ConfigError(
             f"a {'batch of one ' if normalization == 'batchnorm' else ''}patch of {_by(tuple(image.shape[2:]))} leaves "

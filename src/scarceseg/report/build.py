@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import DataError
 from scarceseg.evaluation.tables import class_average
-from scarceseg.report.charts import Line, line_chart
+from scarceseg.report.curves import curve_charts
 from scarceseg.report.figures import CLASS_COLOURS
-from scarceseg.report.folder import VALIDATION, Curve, RunRecord, ShownCase, read_case, read_run
-from scarceseg.report.numbers import duration, metrics_section, show, stage_rows
+from scarceseg.report.folder import RunRecord, ShownCase, read_case, read_run
+from scarceseg.report.numbers import duration, metrics_section, published_section, show, stage_rows
+from scarceseg.report.pool import mosaic_section, pool_section, prompt_section
+from scarceseg.report.suggested import suggested_section
 from scarceseg.report.viewers import Viewer, planes_viewer, within_budget
 
 MOST_CASES = 6
@@ -40,7 +41,9 @@ def build_report(run: Path) -> Path:
         RunError: no run folder, no ``config.yaml`` in it, or it cannot be written.
     """
     record = read_run(run)
-    cases = _cases(record)  # first: it may add notes
+    cases = _cases(record)  # this and the next may add notes, so they come first
+    mosaics, pool, prompts = mosaic_section(record), pool_section(record), prompt_section(record)
+    suggested = suggested_section(record)
     total = record.config.iterations if record.config else record.trained
     finished = (run / "model.safetensors").exists()
     page = {
@@ -54,13 +57,19 @@ def build_report(run: Path) -> Path:
         "made_with": _made_with(record),
         "terms": _terms(record),
         "split": [(words, record.split[role]) for role, words in ROLES.items() if role in record.split],
-        "curves": _curves(record),
+        "curves": curve_charts(record),
         "cases": cases,
         "case_words": _case_words(record, cases),
         "any_reference": any(kind == "reference" for viewer in cases for kind, _ in viewer["toggles"]),
         "legend": class_legend(record.classes),
         "metrics": metrics_section(record),
+        "published": published_section(record),
+        "mosaics": mosaics,
+        "pool": pool,
+        "prompts": prompts,
+        "suggested": suggested,
         "stages": stage_rows(record),
+        "total_time": duration(record.seconds),
         "run_path": str(run),
         "config_text": record.config_text,
         "environment_text": _pretty(record.environment),
@@ -121,7 +130,8 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
         units = record.evaluation["units"]
         over = "mean over classes" if len(record.evaluation["mean"]) > 1 else "validation"
         tiles.append((show(mean["dice"], "dice") + " %", f"Dice, {over}"))
-        tiles.append((f"{show(mean['hd95'], 'hd95')} {units}", f"HD95, {over}"))
+        distance = show(mean["hd95"], "hd95")
+        tiles.append((distance if distance == "-" else f"{distance} {units}", f"HD95, {over}"))
     if record.split:
         counts = _counts(record)
         tiles.append((str(counts["labelled"]), "labelled volumes"))
@@ -184,42 +194,6 @@ def _terms(record: RunRecord) -> list[dict[str, str]]:
         chosen = ", ".join(f"{k}={v}" for k, v in options.get(name, {}).items())
         rows.append({"name": name, "weight": f"{weights[-1]:.4g}" if weights else "-", "options": chosen or "defaults"})
     return rows
-
-
-def _curves(record: RunRecord) -> list[Markup]:
-    """Per stage: the sum, each term, the weights that change, the learning rate; then validation Dice."""
-    charts = []
-    for stage, curves in record.curves.items():
-        if stage == VALIDATION:
-            continue
-        note = "" if stage == "train" else stage
-        terms = [key for key in curves if key.startswith("loss/")]
-        if "loss" in curves and len(terms) != 1:
-            charts.append(line_chart("loss, weighted sum", [_line("loss", curves["loss"], 6, smooth=True)], note))
-        for index, key in enumerate(terms):
-            name = key.removeprefix("loss/")
-            charts.append(line_chart(f"loss of {name}", [_line(name, curves[key], index, smooth=True)], note))
-        weights = [key for key in curves if key.startswith("weight/") and len(set(curves[key][1])) > 1]
-        moving = [
-            _line(k.removeprefix("weight/"), curves[k], terms.index(k.replace("weight/", "loss/", 1)))
-            for k in weights
-            if k.replace("weight/", "loss/", 1) in terms
-        ]
-        if moving:
-            charts.append(
-                line_chart("weights that change", moving, note or (moving[0].name if len(moving) == 1 else ""))
-            )
-        if "lr" in curves:
-            charts.append(line_chart("learning rate", [_line("lr", curves["lr"], 7)], note))
-    dice = {k: v for k, v in record.curves.get(VALIDATION, {}).items() if k.startswith("dice/")}
-    if dice:
-        lines = [_line(key.removeprefix("dice/"), curve, index) for index, (key, curve) in enumerate(dice.items())]
-        charts.append(line_chart("Dice on validation cases", lines, y_range=(0.0, 1.0)))
-    return [chart for chart in charts if chart]
-
-
-def _line(name: str, curve: Curve, colour: int, smooth: bool = False) -> Line:
-    return Line(name, curve[0], curve[1], colour, smooth)
 
 
 def _cases(record: RunRecord) -> list[Viewer]:

@@ -15,6 +15,8 @@ WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
 COLOURS = 8
 MOST_POINTS = 240
+MOST_LETTERS = 24
+"""Of the name of a row of a box plot; the whole name is its tooltip."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def box_plot(title: str, groups: Sequence[Group], note: str = "", x_range: tuple
         return Markup("")
     largest = max(value for _, values in shown for value in values.values())
     low, high = x_range or (0.0, largest * 1.05 or 1.0)
-    row, width, left = 34, 460, 110
+    row, width = 34, 400
+    left = min(max(24 + 6 * max(len(group.name) for group, _ in shown), 60), 24 + 6 * MOST_LETTERS)
     height = TOP + row * len(shown) + BOTTOM
     parts = []
 
@@ -108,7 +111,7 @@ def box_plot(title: str, groups: Sequence[Group], note: str = "", x_range: tuple
         parts.append(_svg("text", _short(tick), _class="tick mid", x=across(tick), y=height - 9))
     for index, (group, values) in enumerate(shown):
         y = TOP + row * (index + 0.5)
-        name = group.name if len(group.name) <= 16 else f"{group.name[:15]}..."
+        name = group.name if len(group.name) <= MOST_LETTERS else f"{group.name[: MOST_LETTERS - 2]}..."
         parts.append(_svg("text", name, group.name, _class="tick end", x=left - 8, y=y + 4))
         parts += _box(values, y, f"c{group.colour % COLOURS}", across)
     return Markup('<figure class="chart">{}{}</figure>').format(

@@ -6,8 +6,6 @@ right on the left of the picture). Without one the planes are named after the ar
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scarceseg.data.geometry import orient, orient_geometry
+from scarceseg.report.encode import png_bytes
 from scarceseg.types import Geometry
 
 Array = NDArray[Any]
@@ -34,7 +33,9 @@ CLASS_COLOURS: tuple[Colour, ...] = (
 )
 """Prediction of class 1, 2 ...; from the ninth on they repeat."""
 REFERENCE_COLOUR: Colour = (255, 255, 255)
-FILL_ALPHA = 80
+FILL_ALPHA, RIM_ALPHA = 80, 120
+RIM = 2 * len(CLASS_COLOURS) + 1
+"""Index of the dark rim in the palette of a mask, behind outlines and fillings."""
 UNCERTAINTY_LEVELS = 16
 
 
@@ -133,11 +134,12 @@ def picture(
         values = np.nan_to_num(arrays.pop("uncertainty ")).astype(np.float32)
         top = max(float(values.max()), 1e-6)
         level = np.clip(values / top * UNCERTAINTY_LEVELS, 0, UNCERTAINTY_LEVELS - 1).astype(np.uint8)
-    grey = _grey(arrays.pop(""))
-    return Picture(grey, {name: array.astype(np.uint8) for name, array in arrays.items()}, level, spacing, views)
+    shades = grey(arrays.pop(""))
+    return Picture(shades, {name: array.astype(np.uint8) for name, array in arrays.items()}, level, spacing, views)
 
 
-def _grey(image: Array) -> NDArray[np.uint8]:
+def grey(image: Array) -> NDArray[np.uint8]:
+    """Grey values: black at the 0.5th, white at the 99.5th percentile; what is not finite counts as 0."""
     values = np.nan_to_num(image.astype(np.float32))
     low, high = np.percentile(values, (0.5, 99.5))
     scaled: NDArray[np.float32] = (values - low) * np.float32(255 / max(float(high - low), 1e-6))
@@ -186,7 +188,7 @@ def overlay_png(
     for tile in tiles:
         whole.paste(tile, (left, (whole.height - tile.height) // 2))
         left += tile.width + gap
-    return _bytes(whole, "PNG", optimize=True)
+    return png_bytes(whole, optimize=True)
 
 
 def pixels_per_mm(shown: Picture, side: int) -> float:
@@ -253,7 +255,10 @@ def own_size(shown: Picture, view: View, size: tuple[int, int]) -> tuple[int, in
 def mask_strip(
     mask: Array, view: View, slices: Sequence[int], size: tuple[int, int], white: bool = False
 ) -> Image.Image:
-    """Slices of a label map below each other on clear ground: outlines, and unless `white` a faint filling."""
+    """Slices of a label map below each other on clear ground: outlines, and unless `white` a faint filling.
+
+    White outlines have a dark rim outside, so that they are seen on bright tissue too.
+    """
     stack = view.stack(mask)
     tiles = []
     for k in slices:
@@ -261,10 +266,11 @@ def mask_strip(
         colour = np.where(label > 0, (label.astype(np.int64) - 1) % len(CLASS_COLOURS) + 1, 0).astype(np.uint8)
         edge = _edge(label)
         inside = 0 if white else colour + len(CLASS_COLOURS)
-        tiles.append(np.where(label == 0, 0, np.where(edge, colour, inside)).astype(np.uint8))
+        outside = np.where(_edge(label == 0), RIM, 0) if white else 0
+        tiles.append(np.where(label == 0, outside, np.where(edge, colour, inside)).astype(np.uint8))
     line = [REFERENCE_COLOUR] * len(CLASS_COLOURS) if white else list(CLASS_COLOURS)
-    alpha = [0, *[255] * len(line), *[FILL_ALPHA] * len(line)]
-    return _indexed(np.concatenate(tiles), [(0, 0, 0), *line, *line], alpha)
+    alpha = [0, *[255] * len(line), *[FILL_ALPHA] * len(line), RIM_ALPHA]
+    return _indexed(np.concatenate(tiles), [(0, 0, 0), *line, *line, (0, 0, 0)], alpha)
 
 
 def _edge(label: Array) -> NDArray[np.bool_]:
@@ -292,20 +298,3 @@ def _indexed(values: Array, palette: Sequence[Colour], alpha: Sequence[int]) -> 
     image.putpalette([channel for colour in palette for channel in colour])
     image.info["transparency"] = bytes(alpha)
     return image
-
-
-def png_uri(image: Image.Image) -> str:
-    """As a data URI, for clear-ground layers."""
-    extra = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
-    return "data:image/png;base64," + base64.b64encode(_bytes(image, "PNG", **extra)).decode()
-
-
-def jpeg_uri(image: Image.Image) -> str:
-    """As a data URI, for grey slices."""
-    return "data:image/jpeg;base64," + base64.b64encode(_bytes(image, "JPEG", quality=85)).decode()
-
-
-def _bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,15 +168,35 @@ def _curves(run: RunRecord) -> dict[str, dict[str, Curve]]:
     }
 
 
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Arrays of a file the run kept for pictures.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} could not be read: {error}; run 'scarceseg train' again to have it made") from None
+
+
 def read_case(path: Path) -> ShownCase:
     """Read one ``figures/*.npz``.
 
     Raises:
         DataError: damaged, or its arrays do not fit each other.
     """
+    return case_of(read_arrays(path), path)
+
+
+def case_of(arrays: Mapping[str, NDArray[Any]], path: Path) -> ShownCase:
+    """What `read_arrays` gave as a case.
+
+    Raises:
+        DataError: arrays are missing or do not fit each other.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         image, prediction = arrays["image"], arrays["prediction"]
         reference, uncertainty = arrays.get("reference"), arrays.get("uncertainty")
         for other in (prediction, reference, uncertainty):
@@ -184,7 +204,7 @@ def read_case(path: Path) -> ShownCase:
                 raise ValueError(f"expected 3D arrays of one shape, got {image.shape}")
         spacing = tuple(float(s) for s in arrays.get("spacing_mm", np.ones(3)))
         direction = tuple(float(d) for d in arrays["direction"].ravel()) if "direction" in arrays else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError) as error:
         raise DataError(f"{path} could not be read: {error}; run 'scarceseg train' again to have it made") from None
     title = str(arrays["title"]) if "title" in arrays else path.stem
     return ShownCase(title, image, prediction, reference, uncertainty, spacing, direction)

@@ -10,9 +10,13 @@ import numpy as np
 from markupsafe import Markup
 
 from scarceseg.evaluation.metrics import METRICS
+from scarceseg.evaluation.published import beside, find_benchmark, row_metrics, same_sum, split_note, summands
 from scarceseg.evaluation.tables import HEADERS, OVERLAPS, class_average
 from scarceseg.report.charts import Group, box_plot
 from scarceseg.report.folder import RunRecord
+
+PUBLISHED = ("dice", "jaccard", "asd", "hd95")
+"""Metrics of the published tables, in the order of `row_metrics`."""
 
 
 def metrics_section(record: RunRecord) -> dict[str, Any] | None:
@@ -50,6 +54,44 @@ def metrics_section(record: RunRecord) -> dict[str, Any] | None:
         "failed": failed,
         "charts": [chart for chart in (_box(result, "dice"), _box(result, "hd95")) if chart],
     }
+
+
+def published_section(record: RunRecord) -> dict[str, Any] | None:
+    """Published rows with this number of labels below the run's own, or None where no table is about the dataset."""
+    result, config = record.evaluation, record.config
+    benchmark = find_benchmark(str(record.plan.get("dataset", "")), len(record.classes))
+    if not result or not result["cases"] or config is None or benchmark is None:
+        return None
+    labels, pool = len(record.split.get("labelled", [])), len(record.split.get("unlabelled", []))
+    known = beside(benchmark, [config.method], labels)
+    if not known:
+        return None
+    average = class_average(result)
+    method = "+".join(summands(config.method))
+    own = [method, f"{labels} + {pool}", *(_with_unit(average[m], m, result["units"]) for m in PUBLISHED), "this run"]
+    rows = []
+    for row in known:
+        cells = [_with_unit(value, metric, unit) for metric, (value, unit) in row_metrics(row).items()]
+        source = f"{row.source}; {row.note}" if row.note else row.source
+        name = row.method if same_sum(row.method, config.method) else f"best: {row.method}"
+        rows.append([name, f"{row.labeled} + {row.unlabeled}", *cells, source])
+    notes = [split_note(benchmark, labels + pool, list(result["cases"]))]
+    spacing = record.plan.get("spacing_mm")
+    if spacing:
+        size = " x ".join(f"{side:g}" for side in spacing)
+        notes.append(f"this run worked on voxels of {size} mm; the published rows have the voxels of their papers")
+    return {
+        "benchmark": benchmark.name,
+        "heads": [HEADERS[metric] for metric in PUBLISHED],
+        "own": own,
+        "rows": rows,
+        "notes": [note[0].upper() + note[1:] for note in notes],
+    }
+
+
+def _with_unit(value: float | None, metric: str, units: str) -> str:
+    text = show(value, metric)
+    return text if text == "-" else f"{text} {'%' if metric in OVERLAPS else units}"
 
 
 def _box(result: Mapping[str, Any], metric: str) -> Markup:

@@ -21,8 +21,8 @@ from scarceseg.report.figures import (
 )
 from scarceseg.types import ImageBatch, Prompt
 
-SIDE, GAP, HEAD = 192, 6, 18
-INSIDE, OUTSIDE, BOX, PAPER, INK = (70, 230, 110), (255, 80, 80), (255, 230, 90), (255, 255, 255), (40, 40, 40)
+SIDE, GAP, HEAD = 192, 6, 20
+INSIDE, OUTSIDE, BOX, PAPER, INK = (70, 230, 110), (255, 80, 80), (255, 230, 90), (0, 0, 0), (215, 215, 215)
 TITLES = ("patch and student", "prompts", "model", "weight")
 
 
@@ -60,7 +60,7 @@ def dialogue_picture(
     whole = Image.new("RGB", (width, HEAD + sum(line.height + GAP for line in lines)), PAPER)
     draw = ImageDraw.Draw(whole)
     for number, title in enumerate(TITLES):
-        draw.text((number * (width + GAP) / len(TITLES) + 2, 3), title, fill=INK)
+        draw.text((number * (width + GAP) / len(TITLES) + 2, 4), title, fill=INK)
     top = HEAD
     for line in lines:
         whole.paste(line, (0, top))

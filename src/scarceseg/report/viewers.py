@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from scarceseg.report.encode import data_uri, jpeg_uri, png_uri
 from scarceseg.report.figures import (
+    Array,
     Picture,
     View,
     best_view,
     chosen_slices,
     grey_strip,
-    jpeg_uri,
     mask_strip,
     overlay_png,
     own_size,
     peak,
     picture,
     pixels_per_mm,
-    png_uri,
     tile_size,
     uncertainty_strip,
 )
@@ -29,20 +28,27 @@ Viewer = dict[str, Any]
 
 BUDGET = 6_000_000
 """Characters of all images of a page."""
+MOSAIC_SIDE = 1000
+"""Pixels of a mosaic's longer side at most."""
 SIZES = ((288, 40), (256, 32), (224, 24), (192, 20), (160, 16), (128, 12), (96, 8))
 """Pixels of the longest side and slices a plane, tried until the page is within its budget."""
 
 
-def within_budget(makers: Iterable[Callable[[int, int], Viewer]]) -> list[Viewer]:
-    """Make all viewers at the largest size at which they fit the page together."""
-    makers = list(makers)
+def within_budget(makers: Iterable[Callable[[int, int], Viewer]], budget: int | None = None) -> list[Viewer]:
+    """Make all viewers at the largest size at which they fit the page together.
+
+    Args:
+        makers: called with pixels of the longest side and slices a plane.
+        budget: characters; None is `BUDGET`.
+    """
+    makers, budget = list(makers), BUDGET if budget is None else budget
     for side, count in SIZES:
         viewers, used = [], 0
         for make in makers:
             viewer = make(side, count)
             used += sum(len(layer["uri"]) for layer in viewer["layers"]) + len(viewer["still"])
             viewers.append(viewer)
-            if used > BUDGET:
+            if used > budget:
                 break
         else:
             return viewers
@@ -70,14 +76,7 @@ def planes_viewer(case: ShownCase, note: str, side: int, count: int) -> Viewer:
         layers += [{"name": f"{kind}:{number}", "uri": uri} for kind, uri in strips.items()]
         panes.append(_pane(view.name, view, size, slices, start, [f"{kind}:{number}" for kind in strips], shown))
     toggles = [(name, True) for name in masks] + ([("uncertainty", False)] if case.uncertainty is not None else [])
-    still = overlay_png(
-        case.image,
-        case.prediction,
-        case.reference,
-        spacing_mm=case.spacing_mm,
-        direction=case.direction,
-        side=min(side, 200),
-    )
+    still = _still(case, case.prediction, side)
     return _viewer(case.title, note, toggles, layers, panes, still, together=False)
 
 
@@ -107,12 +106,79 @@ def compare_viewer(
         panes.append(
             _pane(name, view, size, slices, start, ["image:0", f"mask:{number}", *over], shown, notes.get(name, ""))
         )
-    first = next(iter(predictions.values()))
-    still = overlay_png(
-        case.image, first, case.reference, spacing_mm=case.spacing_mm, direction=case.direction, side=min(side, 200)
-    )
+    still = _still(case, next(iter(predictions.values())), side)
     toggles = [("mask", True)] + ([("reference", True)] if case.reference is not None else [])
     return _viewer(case.title, view.name, toggles, layers, panes, still, together=True)
+
+
+def pool_viewer(case: ShownCase, guesses: Mapping[str, Any], note: str, side: int, count: int) -> Viewer:
+    """An unlabelled volume: bare, with the labels guessed for it, and with the student's mask; one slider moves all.
+
+    The outline of the first guess lies on the student's mask too.
+
+    Args:
+        case: without a reference.
+        guesses: label maps by term.
+        note: words below the title.
+        side, count: pixels of the longest side, slices.
+    """
+    masks = {**{f"guess of {name}": mask for name, mask in guesses.items()}, "student": case.prediction}
+    shown = picture(case.image, masks, case.uncertainty, case.spacing_mm, case.direction)
+    view = best_view(shown)
+    size, slices, start = _slices(shown, view, pixels_per_mm(shown, side), count)
+    small = own_size(shown, view, size)
+    strips = {"image:0": jpeg_uri(grey_strip(shown, view, slices, small))}
+    panes = [_pane("image", view, size, slices, start, ["image:0"], shown)]
+    for number, (name, mask) in enumerate(shown.masks.items()):
+        strips[f"mask:{number}"] = png_uri(mask_strip(mask, view, slices, size))
+        layers = ["image:0", f"mask:{number}"]
+        if name == "student":
+            if guesses:
+                first = next(iter(shown.masks.values()))
+                strips["outline:0"] = png_uri(mask_strip(first, view, slices, size, white=True))
+                layers.append("outline:0")
+            if shown.uncertainty is not None:
+                strips["uncertainty:0"] = png_uri(uncertainty_strip(shown.uncertainty, view, slices, small))
+                layers.insert(1, "uncertainty:0")
+        panes.append(_pane(name, view, size, slices, start, layers, shown))
+    kinds = {"mask": True, "outline": True, "uncertainty": False}
+    toggles = [(kind, on) for kind, on in kinds.items() if any(name.startswith(kind) for name in strips)]
+    whole = [{"name": name, "uri": uri} for name, uri in strips.items()]
+    still = _still(case, case.prediction, side)
+    return _viewer(case.title, f"{view.name}. {note}", toggles, whole, panes, still, together=True)
+
+
+def mosaic_viewer(title: str, note: str, image: Array, label: Array) -> Viewer:
+    """One picture of all slices side by side, with the outline of a label map that can be hidden.
+
+    Args:
+        title, note: words above it.
+        image: grey values ``[rows, columns]`` uint8.
+        label: classes of the same shape; 0 is clear.
+    """
+    rows, columns = image.shape
+    longest = max(rows, columns)
+    factor = min(max(1, MOSAIC_SIDE // longest), MOSAIC_SIDE / longest)
+    size = (max(round(columns * factor), 1), max(round(rows * factor), 1))
+    # A stack of one slice: rows along the first axis, columns along the second.
+    view = View("mosaic", 2, 0, 1, (False, False), "")
+    shown = Picture(image[..., None], {"pseudo-label": label[..., None]}, None, (1.0, 1.0, 1.0), (view,))
+    grey = grey_strip(shown, view, [0], size)
+    mask = mask_strip(shown.masks["pseudo-label"], view, [0], size)
+    layers = [{"name": "image:0", "uri": jpeg_uri(grey)}, {"name": "pseudo-label:0", "uri": png_uri(mask)}]
+    pane = _pane("", view, size, [0], 0, [layer["name"] for layer in layers], shown)
+    still = grey.convert("RGBA")
+    still.alpha_composite(mask.convert("RGBA"))
+    uri = jpeg_uri(still.convert("RGB"))
+    return _viewer(title, note, [("pseudo-label", True)], layers, [pane], uri, together=False)
+
+
+def _still(case: ShownCase, mask: Array, side: int) -> str:
+    """Three planes in one picture, for readers without scripts."""
+    png = overlay_png(
+        case.image, mask, case.reference, spacing_mm=case.spacing_mm, direction=case.direction, side=min(side, 200)
+    )
+    return data_uri(png)
 
 
 def _slices(shown: Picture, view: View, scale: float, count: int) -> tuple[tuple[int, int], list[int], int]:
@@ -151,7 +217,7 @@ def _viewer(
     toggles: list[tuple[str, bool]],
     layers: list[dict[str, str]],
     panes: list[dict[str, Any]],
-    still: bytes,
+    still: str,
     together: bool,
 ) -> Viewer:
     return {
@@ -160,6 +226,6 @@ def _viewer(
         "toggles": toggles,
         "layers": layers,
         "panes": panes,
-        "still": "data:image/png;base64," + base64.b64encode(still).decode(),
+        "still": still,
         "together": together,
     }

@@ -1,0 +1,86 @@
+"""What a run computes with and listens to: device, precision, processes, and the signals that stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+
+from scarceseg.config import Config
+from scarceseg.data.plan import Plan
+from scarceseg.engine.folder import environment, read_json, write_json
+from scarceseg.engine.parallel import first_alone, processes
+from scarceseg.engine.selftest import choose
+from scarceseg.errors import RunError
+from scarceseg.networks.base import SegmentationNetwork
+
+
+def uses_cuda(config: Config) -> bool:
+    """Whether the run works on a GPU."""
+    return torch.cuda.is_available() and config.device != "cpu"
+
+
+def make_fabric(config: Config, folder: Path, student: SegmentationNetwork, plan: Plan) -> tuple[Fabric, str, str]:
+    """Device, precision and processes of a run, with the memory format of its networks.
+
+    Raises:
+        RunError: a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: this machine shows no CUDA device; use --device cpu or auto")
+    precision, memory_format = first_alone(lambda: _arithmetic(config, folder, student, plan))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fabric = Fabric(
+        accelerator="cuda" if uses_cuda(config) else "cpu",
+        devices=here,
+        num_nodes=processes() // here,
+        # Not every part of a tuned foundation model takes part in every step.
+        strategy=DDPStrategy(find_unused_parameters=True) if processes() > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric, precision, memory_format
+
+
+def _arithmetic(config: Config, folder: Path, student: SegmentationNetwork, plan: Plan) -> tuple[str, str]:
+    """Precision and memory format; a resumed run keeps those it was started with."""
+    accelerator = "cuda" if uses_cuda(config) else "cpu"
+    path = folder / "environment.json"
+    known = read_json(path, {})
+    if known.get("device") == accelerator:
+        return known["precision"], known["memory_format"]
+    device = torch.device(accelerator)
+    precision, memory_format, measured = choose(
+        student, len(plan.channels), plan.patch, student.divisor, device, config.precision, config.memory_format
+    )
+    chosen = {"device": accelerator, "precision": precision, "memory_format": memory_format}
+    write_json(path, environment() | chosen | {"processes": processes(), "selftest_seconds": measured})
+    return precision, memory_format
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, _: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,223 @@
+"""Several processes, as ``torchrun`` starts them, that train one network to the loss curve of a single process.
+
+The batches of W processes are one global batch. Every process makes all of its rows, computes the student's output on its own
+share of them, and gathers the output of the others; then each has the whole `Step` and computes the same losses. A loss
+that is no mean over rows (Dice over the batch, a masked mean, pairs of rows) is therefore what one process would have, and
+terms with networks of their own need not know of it. What it costs: teachers and other networks of the terms are computed by
+every process.
+
+Batch norm takes its statistics over all processes. Dropout of the student draws from a stream of each process's own, everything
+else from a common one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+from scarceseg.engine.seeds import rng
+from scarceseg.errors import RunError, ScarceSegError
+
+Result = TypeVar("Result")
+
+
+def processes() -> int:
+    """W, number of processes ``torchrun`` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process, 0 .. W - 1."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def meet(cuda: bool) -> None:
+    """Let the processes find each other; does nothing when there is only one or they have met.
+
+    Raises:
+        RunError: not all of them came.
+    """
+    if processes() == 1 or dist.is_initialized():
+        return
+    try:
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        atexit.register(dist.destroy_process_group)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"the {processes()} processes did not find each other: {str(error).splitlines()[0]}; start them with torchrun"
+        ) from None
+
+
+def first_alone(work: Callable[[], Result]) -> Result:
+    """Do something in the first process alone; all get its result, or its error.
+
+    Raises:
+        ScarceSegError: the first process's own; in the others it is marked as told.
+    """
+    if not dist.is_initialized():
+        return work()
+    box: list[Any] = [None, None]
+    error: ScarceSegError | None = None
+    if rank() == 0:
+        try:
+            box[0] = work()
+        except ScarceSegError as caught:
+            error = box[1] = caught
+    dist.broadcast_object_list(box)
+    if error is not None:
+        raise error
+    if box[1] is not None:
+        box[1].told = True  # by the first process
+        raise box[1]
+    result: Result = box[0]
+    return result
+
+
+def wait() -> None:
+    """For all processes to come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def agreed(flag: bool, device: torch.device) -> bool:
+    """Whether any process says so; they must all ask at the same time, or one would wait for ever."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error means that another process is gone."""
+    words = str(error)
+    return dist.is_initialized() and (
+        isinstance(error, dist.DistBackendError) or "onnection" in words or "gloo" in words
+    )
+
+
+class Gather(torch.autograd.Function):
+    """Equal shares ``[n, ...]`` of all processes -> ``[W n, ...]`` in every one of them.
+
+    All processes go on to the same loss, so that the gradient of the own share is at hand. It is multiplied by W, because
+    averaging over processes (as distributed data parallel does) divides by it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, share: torch.Tensor) -> torch.Tensor:
+        """All shares, in the order of the processes."""
+        shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(processes())]
+        dist.all_gather(shares, share.contiguous())
+        ctx.rows = len(share)
+        return torch.cat(shares)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Of the own share."""
+        start = rank() * ctx.rows
+        return gradient[start : start + ctx.rows] * processes()
+
+
+class Shared:
+    """A student called with all rows that computes only its share and gathers the rest.
+
+    Args:
+        model: as set up for several processes; gives logits, or a tuple that ends in lists of features.
+    """
+
+    def __init__(self, model: Callable[[torch.Tensor], Any]) -> None:
+        self.model = model
+        self._seeds = (0, 0)
+
+    def seed(self, seed: int, iteration: int) -> None:
+        """Seed the iteration: the student's dropout by process, what comes after it alike in all."""
+        own, common = rng(seed, "processes", iteration, 1 + rank()), rng(seed, "processes", iteration, 0)
+        self._seeds = int(own.integers(2**63 - 1)), int(common.integers(2**63 - 1))
+
+    def __call__(self, images: torch.Tensor) -> Any:
+        """Output for all rows, in their order."""
+        count = -(-len(images) // processes())
+        rows = torch.arange(rank() * count, (rank() + 1) * count).clamp_max(len(images) - 1)  # the last one may repeat
+        torch.manual_seed(self._seeds[0])
+        output = self.model(images[rows.to(images.device)])
+        torch.manual_seed(self._seeds[1])
+
+        def whole(share: Any) -> Any:
+            if isinstance(share, torch.Tensor):
+                return Gather.apply(share)[: len(images)]
+            return type(share)(whole(part) for part in share)
+
+        return whole(output)
+
+
+class GlobalBatchNorm(nn.BatchNorm3d):
+    """Batch norm with the statistics of all processes in training; where PyTorch's own (for GPUs) cannot be used.
+
+    Mean and variance are those of one process with all rows: ``m = sum x / n``, then ``v = sum (x - m)^2 / n``, each summed over
+    the processes with gradient.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, C, ...]`` normalised."""
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        axes = [0, *range(2, x.ndim)]
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        values = x.float()
+        count = values[:, 0].numel() * processes()
+        mean = all_reduce(values.sum(axes)) / count
+        centred = values - mean.view(shape)
+        variance = all_reduce(centred.square().sum(axes)) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+                share = 1 / float(self.num_batches_tracked or 1) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.detach(), share)
+                self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), share)
+        found = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            found = found * self.weight.view(shape) + self.bias.view(shape)
+        return found.to(x.dtype)
+
+
+def share_statistics(network: nn.Module, cuda: bool) -> None:
+    """Replace the batch norms of a network, in place; parameters, buffers and their names stay.
+
+    Args:
+        network: is changed.
+        cuda: take PyTorch's `SyncBatchNorm`, which is for GPUs alone.
+    """
+    for name, child in network.named_children():
+        if type(child) is nn.BatchNorm3d:
+            setattr(network, name, nn.SyncBatchNorm.convert_sync_batchnorm(child) if cuda else _global(child))
+        else:
+            share_statistics(child, cuda)
+
+
+def _global(norm: nn.BatchNorm3d) -> GlobalBatchNorm:
+    other = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    for name in norm._parameters:
+        setattr(other, name, norm._parameters[name])
+    for name in norm._buffers:
+        setattr(other, name, norm._buffers[name])
+    return other.train(norm.training)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Make the gradients of parameters that no wrapper looks after equal in all processes, up to the last bit."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= processes()

@@ -1,0 +1,168 @@
+"""Two processes on one machine: the loss curve of one, stages in shares, a folder predicted in shares, a killed worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from scarceseg.config import Config
+from scarceseg.engine.parallel import GlobalBatchNorm, share_statistics
+from scarceseg.engine.run import train
+from scarceseg.networks import build_network
+from tests.tiny import tiny_config, tiny_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+def launch(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
+    """What a user types, with two processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "scarceseg",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SCARCESEG_CACHE": str(cache)}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run_two(*arguments: str | Path, cache: Path) -> str:
+    process = launch(*arguments, cache=cache)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def without_chance(data: Path, method: str, rows: int, **changes: Any) -> Config:
+    """Dropout draws differ between one process and two, so there is none."""
+    return tiny_config(
+        data,
+        method=method,
+        network={"name": "vnet", "args": {"n_filters": 2, "dropout": False}},
+        plan={"patch": [32, 32, 16], "spacing_mm": 1.0},  # batch norm over few voxels makes much of rounding
+        optim={"lr": 0.002},
+        batch_labeled=rows,
+        batch_unlabeled=rows,
+        **changes,
+    )
+
+
+def curve(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if entry["stage"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        ("ua-mt", {"ua-mt": {"noise_std": 0.0}}),
+        ("cps+cct", {}),
+    ],
+)
+def test_two_processes_have_the_loss_curve_of_one(
+    data: Path, tmp_path: Path, method: str, terms: dict[str, Any]
+) -> None:
+    alone = without_chance(data, method, 2, terms=terms, iterations=5)
+    train(alone, tmp_path / "one", cache=tmp_path / "cache")
+    both = without_chance(data, method, 1, terms=terms, iterations=5)
+    (tmp_path / "both.yaml").write_text(both.dump(), encoding="utf-8")
+    run_two("train", "--recipe", tmp_path / "both.yaml", "--out", tmp_path / "two", cache=tmp_path / "cache")
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == 5 and max(one) - min(one) > 1e-3
+    np.testing.assert_allclose(two, one, rtol=2e-4)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for key, value in first.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(second[key], value, rtol=5e-3, atol=5e-4)
+
+
+def test_the_pool_is_labelled_and_a_folder_predicted_in_shares(data: Path, tmp_path: Path) -> None:
+    terms = {"self-training": {"rounds": 1, "teacher_iterations": 2}}
+    config = without_chance(data, "self-training", 1, terms=terms, iterations=2)
+    (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
+    run_two("train", "--recipe", tmp_path / "c.yaml", "--out", tmp_path / "run", cache=tmp_path / "cache")
+    (table,) = (tmp_path / "run" / "stages").glob("*/confidence.json")
+    assert list(json.loads(table.read_text())["cases"]) == ["case_02", "case_03", "case_04"]
+    images = data / "imagesTr"
+    run_two("predict", tmp_path / "run", images, "--out", tmp_path / "two", cache=tmp_path / "cache")
+    from scarceseg.inference.predictor import predict
+
+    predict(tmp_path / "run", [images], tmp_path / "one", device="cpu")
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names and len(names) == 5
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc, which only Linux has")
+def test_a_killed_worker_ends_the_job_and_resume_goes_on(data: Path, tmp_path: Path) -> None:
+    config = without_chance(data, "mean-teacher", 1, iterations=4000)
+    (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
+    arguments = ("train", "--recipe", tmp_path / "c.yaml", "--out", tmp_path / "run")
+    process = launch(*arguments, cache=tmp_path / "cache")
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.2)
+    workers = sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    os.kill(workers[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "--resume" in errors
+    config = config.model_copy(update={"iterations": 4000})
+    done = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
+    again = launch(*arguments, "--resume", cache=tmp_path / "cache")
+    until = time.monotonic() + 120
+    lines = tmp_path / "run" / "metrics.jsonl"
+    while json.loads(lines.read_text().splitlines()[-1])["iteration"] < done + 3:
+        assert again.poll() is None and time.monotonic() < until, again.communicate()
+        time.sleep(0.2)
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=120)
+
+
+def test_bad_input_is_told_once(tmp_path: Path) -> None:
+    process = launch("train", tmp_path / "nothing", "--out", tmp_path / "run", cache=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("error: ") == 1, errors
+
+
+def test_shared_statistics_keep_names_parameters_and_evaluation() -> None:
+    network = build_network("vnet", 1, 2, {"n_filters": 2})
+    before = {key: value.data_ptr() for key, value in network.state_dict().items()}
+    image = torch.randn(1, 1, 16, 16, 16)
+    expected = network.eval()(image)
+    share_statistics(network, cuda=False)
+    assert {key: value.data_ptr() for key, value in network.state_dict().items()} == before
+    assert not any(type(module) is nn.BatchNorm3d for module in network.modules())
+    assert any(isinstance(module, GlobalBatchNorm) for module in network.modules())
+    assert torch.equal(network(image), expected)
