@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scarceseg.config import Config
-from scarceseg.engine.parallel import GlobalBatchNorm, share_statistics
+from scarceseg.engine.parallel import GlobalBatchNorm, check_rows, share_statistics
 from scarceseg.engine.run import train
+from scarceseg.errors import ConfigError
 from scarceseg.networks import build_network
 from tests.tiny import tiny_config, tiny_dataset
 
@@ -61,7 +62,7 @@ def run_two(*arguments: str | Path, cache: Path) -> str:
     return errors
 
 
-def without_chance(data: Path, method: str, rows: int, **changes: Any) -> Config:
+def without_chance(data: Path, method: str, **changes: Any) -> Config:
     """Dropout draws differ between one process and two, so there is none."""
     return tiny_config(
         data,
@@ -69,8 +70,6 @@ def without_chance(data: Path, method: str, rows: int, **changes: Any) -> Config
         network={"name": "vnet", "args": {"n_filters": 2, "dropout": False}},
         plan={"patch": [32, 32, 16], "spacing_mm": 1.0},  # batch norm over few voxels makes much of rounding
         optim={"lr": 0.002},
-        batch_labeled=rows,
-        batch_unlabeled=rows,
         **changes,
     )
 
@@ -90,11 +89,10 @@ def curve(run: Path) -> list[float]:
 def test_two_processes_have_the_loss_curve_of_one(
     data: Path, tmp_path: Path, method: str, terms: dict[str, Any]
 ) -> None:
-    alone = without_chance(data, method, 2, terms=terms, iterations=5)
-    train(alone, tmp_path / "one", cache=tmp_path / "cache")
-    both = without_chance(data, method, 1, terms=terms, iterations=5)
-    (tmp_path / "both.yaml").write_text(both.dump(), encoding="utf-8")
-    run_two("train", "--recipe", tmp_path / "both.yaml", "--out", tmp_path / "two", cache=tmp_path / "cache")
+    config = without_chance(data, method, terms=terms, iterations=5)
+    train(config, tmp_path / "one", cache=tmp_path / "cache")
+    (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
+    run_two("train", "--recipe", tmp_path / "c.yaml", "--out", tmp_path / "two", cache=tmp_path / "cache")
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == 5 and max(one) - min(one) > 1e-3
     np.testing.assert_allclose(two, one, rtol=2e-4)
@@ -106,7 +104,7 @@ def test_two_processes_have_the_loss_curve_of_one(
 
 def test_the_pool_is_labelled_and_a_folder_predicted_in_shares(data: Path, tmp_path: Path) -> None:
     terms = {"self-training": {"rounds": 1, "teacher_iterations": 2}}
-    config = without_chance(data, "self-training", 1, terms=terms, iterations=2)
+    config = without_chance(data, "self-training", terms=terms, iterations=2)
     (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
     run_two("train", "--recipe", tmp_path / "c.yaml", "--out", tmp_path / "run", cache=tmp_path / "cache")
     (table,) = (tmp_path / "run" / "stages").glob("*/confidence.json")
@@ -124,7 +122,7 @@ def test_the_pool_is_labelled_and_a_folder_predicted_in_shares(data: Path, tmp_p
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc, which only Linux has")
 def test_a_killed_worker_ends_the_job_and_resume_goes_on(data: Path, tmp_path: Path) -> None:
-    config = without_chance(data, "mean-teacher", 1, iterations=4000)
+    config = without_chance(data, "mean-teacher", iterations=4000)
     (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
     arguments = ("train", "--recipe", tmp_path / "c.yaml", "--out", tmp_path / "run")
     process = launch(*arguments, cache=tmp_path / "cache")
@@ -137,7 +135,6 @@ def test_a_killed_worker_ends_the_job_and_resume_goes_on(data: Path, tmp_path: P
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "--resume" in errors
-    config = config.model_copy(update={"iterations": 4000})
     done = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
     again = launch(*arguments, "--resume", cache=tmp_path / "cache")
     until = time.monotonic() + 120
@@ -154,6 +151,13 @@ def test_bad_input_is_told_once(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert errors.count("error: ") == 1, errors
+
+
+def test_rows_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    check_rows(6)
+    with pytest.raises(ConfigError, match="a step has 4 rows .* 3 processes cannot share equally: take 6 rows"):
+        check_rows(4)
 
 
 def test_shared_statistics_keep_names_parameters_and_evaluation() -> None:

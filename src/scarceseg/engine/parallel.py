@@ -1,7 +1,7 @@
 """Several processes, as ``torchrun`` starts them, that train one network to the loss curve of a single process.
 
-The batches of W processes are one global batch. Every process makes all of its rows, computes the student's output on its own
-share of them, and gathers the output of the others; then each has the whole `Step` and computes the same losses. A loss
+The rows of a step are shared out among the W processes. Every process makes all of them, computes the student's output on its
+own share, and gathers the output of the others; then each has the whole `Step` and computes the same losses. A loss
 that is no mean over rows (Dice over the batch, a masked mean, pairs of rows) is therefore what one process would have, and
 terms with networks of their own need not know of it. What it costs: teachers and other networks of the terms are computed by
 every process.
@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from scarceseg.engine.seeds import rng
-from scarceseg.errors import RunError, ScarceSegError
+from scarceseg.errors import ConfigError, RunError, ScarceSegError
 
 Result = TypeVar("Result")
 
@@ -37,6 +37,20 @@ def processes() -> int:
 def rank() -> int:
     """Number of this process, 0 .. W - 1."""
     return int(os.environ.get("RANK", "0"))
+
+
+def check_rows(rows: int) -> None:
+    """Refuse a step whose rows the processes cannot share equally.
+
+    Raises:
+        ConfigError: with the next numbers of rows that they can.
+    """
+    if rows % processes():
+        fit = -(-rows // processes()) * processes()
+        raise ConfigError(
+            f"a step has {rows} rows (batch_labeled, and batch_unlabeled where a term reads such rows), which {processes()} "
+            f"processes cannot share equally: take {fit} rows in all, or another number of processes"
+        )
 
 
 def meet(cuda: bool) -> None:

@@ -19,7 +19,7 @@ from scarceseg.engine.folder import open_run, read_json, timed_stage, write_json
 from scarceseg.engine.logging import Display, RunLog
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
-from scarceseg.engine.parallel import first_alone, meet, processes, rank, wait
+from scarceseg.engine.parallel import check_rows, first_alone, meet, processes, rank, wait
 from scarceseg.engine.pictures import keep_pool
 from scarceseg.engine.seeds import seed_init
 from scarceseg.engine.validation import Validation, finish
@@ -157,6 +157,7 @@ def _train_stage(
     cache: Path | None,
     warnings: list[str],
 ) -> None:
+    check_rows(config.batch_labeled + (config.batch_unlabeled if split.unlabelled and _needs_unlabelled(terms) else 0))
     seed_init(config.seed)
     student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
     fabric, precision, memory_format = make_fabric(config, folder, student, plan)
@@ -189,7 +190,6 @@ def _train_stage(
             plan,
             work.labelled,
             work.unlabelled,
-            fabric,
             config.seed,
             _fields(work, terms),
             _needs_unlabelled(terms),

@@ -115,7 +115,7 @@ class Workspace:
         """
         fields = fields or {}
         return patch_sampler(
-            self.config, self.plan, self.labelled, self.unlabelled, self.fabric, self.seed(stage), fields, bool(fields)
+            self.config, self.plan, self.labelled, self.unlabelled, self.seed(stage), fields, bool(fields)
         )
 
     def fit(
@@ -200,12 +200,11 @@ def patch_sampler(
     plan: Plan,
     labelled: Sequence[PreparedCase],
     unlabelled: Sequence[PreparedCase],
-    fabric: Fabric,
     seed: int,
     fields: Mapping[str, Mapping[str, Array]],
     needs_unlabelled: bool,
 ) -> PatchSampler:
-    """The run's batches: of all processes together, since each makes all rows (see `scarceseg.engine.parallel`).
+    """The run's batches; every process makes all rows (see `scarceseg.engine.parallel`).
 
     Args:
         seed: of the draws.
@@ -217,8 +216,8 @@ def patch_sampler(
         [Source(c.name, c.image, c.label) for c in labelled],
         [Source(c.name, c.image, fields=fields.get(c.name)) for c in pool],
         plan.patch,
-        config.batch_labeled * fabric.world_size,
-        config.batch_unlabeled * fabric.world_size if pool else 0,
+        config.batch_labeled,
+        config.batch_unlabeled if pool else 0,
         seed,
         augment=config.augment,
         foreground=config.foreground,
