@@ -18,6 +18,8 @@ from common import CLICKS, RESULTS, ROOT, TUNING, code_hash, direct_code, traini
 from scarceseg.evaluation.tables import markdown_table, published_rows
 
 STALE = "†"
+SEMISAM_PROMPTS = ("methods/semisam.py", "functional/reliability.py", "foundation/dialogue.py", "foundation/prompts.py",
+                   "foundation/clicks.py", "foundation/tiny_sam3d.py", "foundation/tiny_sam3d_net.py")  # fmt: skip
 FOUNDATION_STEP = ("engine/loop.py", "engine/ema.py", "networks/vnet.py", "methods", "foundation", "functional")
 METHODS = ("supervised", "mean-teacher", "ua-mt")
 
@@ -170,6 +172,28 @@ def tiny_sam_tuning() -> str:
     return markdown_table(lines) if lines else "Not measured yet."
 
 
+def semisam_prompts() -> str:
+    """Masks of a promptable model against those of the student that prompted it."""
+    now = code_hash(SEMISAM_PROMPTS)
+    lines = []
+    for row in load("semisam_prompts"):
+        mark = "" if row["code"] == now else f" {STALE}"
+        kinds = row["kinds"]
+        for kind in dict.fromkeys(key.rpartition(", ")[0] for key in kinds):
+            plain, gated = kinds[f"{kind}, all"], kinds[f"{kind}, gate"]
+            lines.append(
+                {
+                    "student": row["run"].replace("_seed0", "").replace("_", ", ") + " labels",
+                    "prompt": kind,
+                    "student Dice": f"{100 * plain['student_dice']:.1f}{mark}",
+                    "mask Dice": f"{100 * plain['dice']:.1f}",
+                    "share": f"{plain['share']:.2f}",
+                    "share, gate": f"{gated['share']:.2f}",
+                }
+            )
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
 def _clicks(number: str) -> str:
     return "1 click" if number == "1" else f"{number} clicks"
 
@@ -182,6 +206,7 @@ TABLES = {
     "la-development": la_development,
     "phantoms-development": phantoms_development,
     "foundation-step": foundation_step,
+    "semisam-prompts": semisam_prompts,
     "step-speed": step_speed,
     "foundation-clicks": foundation_clicks,
     "foundation-cost": foundation_cost,
