@@ -87,28 +87,29 @@ def first_prompts(
     if not asking.kinds:
         raise ConfigError("prompts: expected at least one of point, box, mask, uncertainty, got none")
     probability = probability.detach().float().clamp(0, 1)
-    points = points_from_probability(
-        probability,
-        asking.clicks,
-        spacing_mm=spacing_mm,
-        threshold=asking.threshold,
-        confident=max(asking.confident, asking.threshold),
-        components=asking.components,
-        negative=asking.outside,
-        generator=generator,
-    )
-    if points is None:
+    if not bool((probability > asking.threshold).any()):
         return []
-    box = dense = None
+    points = box = dense = None
+    if {"point", "uncertainty"} & set(asking.kinds):
+        points = points_from_probability(
+            probability,
+            asking.clicks,
+            spacing_mm=spacing_mm,
+            threshold=asking.threshold,
+            confident=max(asking.confident, asking.threshold),
+            components=asking.components,
+            negative=asking.outside,
+            generator=generator,
+        )
     if "box" in asking.kinds:
         box = box_from_mask(
             (probability > asking.threshold).float(), asking.margin_voxel, asking.components == "largest"
         )
     if "mask" in asking.kinds:
         dense = mask_prompt(probability)
-    if "uncertainty" in asking.kinds:
+    if points is not None and "uncertainty" in asking.kinds:
         return [combine(one, box, dense) for one in _one_by_one(points)]
-    return [combine(points if "point" in asking.kinds else None, box, dense)]
+    return [combine(points, box, dense)]
 
 
 def converse(
