@@ -22,8 +22,9 @@ from torch import nn
 
 from common import provenance, save
 from scarceseg.config import OptimConfig
-from scarceseg.engine.loop import build_optimizer, place, train_step
+from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.selftest import to_memory_format
+from scarceseg.engine.step import place, train_step
 from scarceseg.foundation.base import Tuning
 from scarceseg.foundation.load import load_foundation
 from scarceseg.methods import build_terms, semisam

@@ -16,8 +16,9 @@ import torch
 
 from common import provenance, save
 from scarceseg.config import OptimConfig
-from scarceseg.engine.loop import build_optimizer, place, train_step
+from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.selftest import to_memory_format
+from scarceseg.engine.step import place, train_step
 from scarceseg.methods import build_terms
 from scarceseg.networks import build_network
 from scarceseg.types import Labelled, Unlabelled

@@ -20,7 +20,15 @@ from scarceseg.evaluation.tables import markdown_table, published_rows
 STALE = "†"
 SEMISAM_PROMPTS = ("methods/semisam.py", "functional/reliability.py", "foundation/dialogue.py", "foundation/prompts.py",
                    "foundation/clicks.py", "foundation/tiny_sam3d.py", "foundation/tiny_sam3d_net.py")  # fmt: skip
-FOUNDATION_STEP = ("engine/loop.py", "engine/ema.py", "networks/vnet.py", "methods", "foundation", "functional")
+FOUNDATION_STEP = (
+    "engine/loop.py",
+    "engine/step.py",
+    "engine/ema.py",
+    "networks/vnet.py",
+    "methods",
+    "foundation",
+    "functional",
+)
 METHODS = ("supervised", "mean-teacher", "ua-mt")
 
 

@@ -71,6 +71,8 @@ class Config(Section):
         labeled: number of labelled cases kept (first by name) or their names; None keeps all that have a label file.
         val: names of validation cases, which are neither trained on nor unlabelled.
         batch_labeled, batch_unlabeled: rows of each kind in a step.
+        batch_norm: "joint" normalises the labelled and unlabelled rows of a step together, as published; "split" each kind
+            by itself.
         iterations: T.
         augment: weak augmentation (crop, 90-degree rotation, flips).
         foreground: share of labelled patches centred on a labelled foreground voxel; 0 is the published uniform crop.
@@ -90,6 +92,7 @@ class Config(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     batch_labeled: int = Field(2, ge=1)
     batch_unlabeled: int = Field(2, ge=1)
+    batch_norm: Literal["joint", "split"] = "joint"
     iterations: int = Field(6000, ge=1)
     augment: bool = True
     foreground: float = Field(0.0, ge=0.0, le=1.0)

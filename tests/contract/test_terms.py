@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from scarceseg.config import OptimConfig
-from scarceseg.engine.loop import as_called, build_optimizer, forward_step, train_step
+from scarceseg.engine.loop import build_optimizer
+from scarceseg.engine.step import as_called, forward_step, train_step
 from scarceseg.methods import METHODS, Term, build_terms
 from scarceseg.methods.base import Parts
 from scarceseg.methods.semisam import SemiSam

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from scarceseg.config import OptimConfig
-from scarceseg.engine.loop import build_optimizer, learning_rate, train_step
+from scarceseg.engine.loop import build_optimizer, learning_rate
+from scarceseg.engine.step import train_step
 from scarceseg.methods import build_terms
 from scarceseg.methods.mean_teacher import MeanTeacher
 from scarceseg.types import Labelled, Unlabelled

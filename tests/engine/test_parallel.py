@@ -80,16 +80,16 @@ def curve(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("method", "terms"),
+    ("method", "terms", "batch_norm"),
     [
-        ("ua-mt", {"ua-mt": {"noise_std": 0.0}}),
-        ("cps+cct", {}),
+        ("ua-mt", {"ua-mt": {"noise_std": 0.0}}, "joint"),
+        ("cps+cct", {}, "split"),
     ],
 )
 def test_two_processes_have_the_loss_curve_of_one(
-    data: Path, tmp_path: Path, method: str, terms: dict[str, Any]
+    data: Path, tmp_path: Path, method: str, terms: dict[str, Any], batch_norm: str
 ) -> None:
-    config = without_chance(data, method, terms=terms, iterations=5)
+    config = without_chance(data, method, terms=terms, iterations=5, batch_norm=batch_norm)
     train(config, tmp_path / "one", cache=tmp_path / "cache")
     (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
     run_two("train", "--recipe", tmp_path / "c.yaml", "--out", tmp_path / "two", cache=tmp_path / "cache")

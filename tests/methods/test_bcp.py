@@ -15,8 +15,8 @@ from torch import nn
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.engine import run as run_module
 from scarceseg.engine.ema import EmaTeacher
-from scarceseg.engine.loop import forward_step
 from scarceseg.engine.run import train
+from scarceseg.engine.step import forward_step
 from scarceseg.errors import Interrupted, RunError
 from scarceseg.inference.components import largest_component
 from scarceseg.methods import build_terms

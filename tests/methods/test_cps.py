@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from scarceseg.config import OptimConfig
-from scarceseg.engine.loop import build_optimizer, train_step
+from scarceseg.engine.loop import build_optimizer
+from scarceseg.engine.step import train_step
 from scarceseg.methods import build_terms
 from scarceseg.methods.cps import Cps
 from scarceseg.networks import build_network

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scarceseg.engine.ema import EmaTeacher
-from scarceseg.engine.loop import forward_step
+from scarceseg.engine.step import forward_step
 from scarceseg.errors import ConfigError
 from scarceseg.functional.cubes import CubeGrid
 from scarceseg.methods import build_terms

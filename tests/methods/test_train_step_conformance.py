@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from scarceseg.config import OptimConfig
-from scarceseg.engine.loop import build_optimizer, train_step
+from scarceseg.engine.loop import build_optimizer
+from scarceseg.engine.step import train_step
 from scarceseg.methods import build_terms
 from scarceseg.methods.mean_teacher import MeanTeacher
 from scarceseg.networks import build_network

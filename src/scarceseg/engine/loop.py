@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +19,12 @@ from scarceseg.engine.logging import RunLog
 from scarceseg.engine.parallel import Shared, agreed, average_gradients, is_lost, processes, share_statistics
 from scarceseg.engine.seeds import seed_step
 from scarceseg.engine.selftest import to_memory_format
+from scarceseg.engine.step import Called, as_called, place, train_step
 from scarceseg.errors import DataError, Interrupted, RunError
 from scarceseg.foundation.base import TunedModel
 from scarceseg.functional.ramps import poly_lr, step_lr
-from scarceseg.methods.base import Parts, Term
-from scarceseg.networks.base import WithFeatures, require_halves
-from scarceseg.types import ImageBatch, Labelled, Step, Unlabelled
+from scarceseg.methods.base import Term
+from scarceseg.types import Labelled, Unlabelled
 
 
 @dataclass
@@ -43,6 +42,7 @@ class LoopTask:
         checkpoint: file of the resumable state.
         checkpoint_every, log_every: iterations.
         memory_format: "contiguous" or "channels_last_3d".
+        split: labelled, unlabelled and the terms' own rows go through the student one after the other, see `forward_step`.
         after_step: called with the number of finished iterations, for validation.
         rounds: iterations before which `on_round` is called with them; no later batch is made before that.
         on_round: makes new fields; called again for the rounds that lie before a resumed iteration.
@@ -59,6 +59,7 @@ class LoopTask:
     checkpoint_every: int = 250
     log_every: int = 10
     memory_format: str = "contiguous"
+    split: bool = False
     after_step: Callable[[int], None] | None = None
     rounds: Sequence[int] = ()
     on_round: Callable[[int], None] | None = None
@@ -98,140 +99,6 @@ def build_optimizer(optim: OptimConfig, student: nn.Module, terms: Mapping[str, 
     if optim.name == "adamw":
         return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay)
     return torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-
-
-Called = Callable[[torch.Tensor], Any]
-"""A student as `as_called` gives it: logits, or logits with the features of both halves."""
-
-
-def as_called(student: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
-    """The student, or one that also hands out its features where a term shares them.
-
-    Raises:
-        ConfigError: a term shares features and the network has no encoder and decoder.
-    """
-    asking = [name for name, term in terms.items() if term.shares_features]
-    return WithFeatures(require_halves(student, asking[0])) if asking else student
-
-
-def forward_step(
-    model: Called,
-    terms: Mapping[str, Term],
-    labelled: Labelled,
-    unlabelled: Unlabelled | None,
-    iteration: int,
-    total: int,
-    generator: torch.Generator,
-) -> Step:
-    """Run the student once on all rows (labelled, unlabelled, the terms' own) and hand out its output."""
-    parts: dict[str, ImageBatch] = {"labelled": labelled.image}
-    if unlabelled is not None and any(_predicts_unlabelled(term) for term in terms.values()):
-        parts["unlabelled"] = unlabelled.image
-    for name, term in terms.items():
-        extra = term.extra_inputs(labelled, unlabelled, generator)
-        if extra is not None:
-            parts[f"extra/{name}"] = extra
-    images = list(parts.values())
-    output = model(torch.cat(images) if len(images) > 1 else images[0])
-    logits, *halves = output if isinstance(output, tuple) else (output,)
-
-    def by_part(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        names = [key.removeprefix("extra/") for key in parts]
-        return dict(zip(names, rows.split([len(x) for x in images]), strict=True))
-
-    def by_level(levels: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-        split = [by_part(level) for level in levels]
-        return {name: [level[name] for level in split] for name in split[0]}
-
-    logits_of = by_part(logits.float())
-    encoded, decoded = (by_level(half) for half in halves) if halves else ({}, {})
-    return Step(
-        iteration=iteration,
-        total=total,
-        labelled=labelled,
-        unlabelled=unlabelled,
-        logits_l=logits_of.pop("labelled"),
-        logits_u=logits_of.pop("unlabelled", None),
-        generator=generator,
-        extra=logits_of,
-        encoded=encoded,
-        decoded=decoded,
-    )
-
-
-def _predicts_unlabelled(term: Term) -> bool:
-    return term.predicts_unlabelled and "unlabelled" in term.reads
-
-
-def train_step(
-    model: Called,
-    student: nn.Module,
-    terms: Mapping[str, Term],
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[Labelled, Unlabelled | None],
-    iteration: int,
-    total: int,
-    generator: torch.Generator,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
-    clip_norm: float | None = None,
-    after_backward: Callable[[], None] | None = None,
-) -> dict[str, torch.Tensor]:
-    """One optimisation step: forward, sum of terms, backward, update, EMA.
-
-    Args:
-        model: the student as it is called (wrapped for precision or several processes).
-        student: the same network, bare.
-        clip_norm: largest norm of the gradient; None does not clip.
-        after_backward: called when the gradients are there.
-
-    Returns:
-        Detached scalars: ``loss`` and ``loss/<term>`` (raw), ``weight/<term>``, and ``own/<term>`` for what a term adds
-        outside its weight.
-    """
-    with autocast():
-        step = forward_step(model, terms, *batch, iteration, total, generator)
-        losses = {name: term.loss(step) for name, term in terms.items()}
-    own = {name: loss.fixed for name, loss in losses.items() if isinstance(loss, Parts)}
-    raw = {name: loss.ramped if isinstance(loss, Parts) else loss for name, loss in losses.items()}
-    weights = {name: term.weight(iteration, total) for name, term in terms.items()}
-    loss = torch.stack([*(weights[name] * raw[name] for name in terms), *own.values()]).sum()
-    backward(loss)
-    if after_backward is not None:
-        after_backward()
-    if clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for term in terms.values():
-            term.after_update(student, iteration)
-    report = {"loss": loss.detach()}
-    for name in terms:
-        report[f"loss/{name}"] = raw[name].detach()
-        report[f"weight/{name}"] = torch.tensor(weights[name])
-    return report | {f"own/{name}": value.detach() for name, value in own.items()}
-
-
-def place(
-    batch: tuple[Labelled, Unlabelled | None], device: torch.device, memory_format: str
-) -> tuple[Labelled, Unlabelled | None]:
-    """Move a batch to the device, in the network's memory format."""
-
-    def image(x: torch.Tensor) -> torch.Tensor:
-        x = x.to(device, non_blocking=True)
-        return x.contiguous(memory_format=torch.channels_last_3d) if memory_format == "channels_last_3d" else x
-
-    def fields(maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {key: value.to(device, non_blocking=True) for key, value in maps.items()}
-
-    labelled, unlabelled = batch
-    labelled = replace(
-        labelled, image=image(labelled.image), label=labelled.label.to(device), fields=fields(labelled.fields)
-    )
-    if unlabelled is not None:
-        unlabelled = replace(unlabelled, image=image(unlabelled.image), fields=fields(unlabelled.fields))
-    return labelled, unlabelled
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -382,6 +249,7 @@ class Loop:
             self.fabric.backward,
             self.task.optim.clip_norm,
             (lambda: average_gradients(self.own)) if self.shared is not None else None,
+            self.task.split,
         )
 
     def _record(self, iteration: int, values: dict[str, torch.Tensor], lr: float, seconds: float) -> None:

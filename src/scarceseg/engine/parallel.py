@@ -48,8 +48,9 @@ def check_rows(rows: int) -> None:
     if rows % processes():
         fit = -(-rows // processes()) * processes()
         raise ConfigError(
-            f"a step has {rows} rows (batch_labeled, and batch_unlabeled where a term reads such rows), which {processes()} "
-            f"processes cannot share equally: take {fit} rows in all, or another number of processes"
+            f"a step has {rows} rows (batch_labeled, and batch_unlabeled where a term reads such rows; each of the two with "
+            f"batch_norm: split), which {processes()} processes cannot share equally: take {fit} rows, or another number of "
+            "processes"
         )
 
 

@@ -157,7 +157,11 @@ def _train_stage(
     cache: Path | None,
     warnings: list[str],
 ) -> None:
-    check_rows(config.batch_labeled + (config.batch_unlabeled if split.unlabelled and _needs_unlabelled(terms) else 0))
+    rows = [config.batch_labeled]
+    if split.unlabelled and _needs_unlabelled(terms):
+        rows.append(config.batch_unlabeled)
+    for count in rows if config.batch_norm == "split" else [sum(rows)]:
+        check_rows(count)
     seed_init(config.seed)
     student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
     fabric, precision, memory_format = make_fabric(config, folder, student, plan)
@@ -215,6 +219,7 @@ def _train_stage(
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             memory_format=memory_format,
+            split=config.batch_norm == "split",
             after_step=validation.hook(student),
             rounds=sorted({number for term in terms.values() for number in term.rounds(config.iterations)}),
             on_round=on_round,
