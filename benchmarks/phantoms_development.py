@@ -2,8 +2,9 @@
 
     python benchmarks/phantoms_development.py RUNS [--methods supervised,mean-teacher,...] [--labels 1,4]
 
-24 phantoms train (the first N labelled), 8 others validate; V-Net-8, patch 48x48x32, 600 iterations, last checkpoint. The
-volumes are made under RUNS from one seed.
+24 phantoms of 40x40x32 voxels train (the first N labelled), 8 others validate; V-Net-8, patch 32x32x32, 300 iterations of AdamW
+(0.003, poly), half of the labelled patches on foreground, last checkpoint. `tiny-sam` is tuned for 100 steps. The volumes are
+made under RUNS from one seed.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from scarceseg.settings import read_assignments
 from table_runs import add_options, run_table
 
 CASES, VALIDATION, SEED = 32, 8, 11
-METHODS = "supervised,mean-teacher,mean-teacher+sfr,mean-teacher+atlas"
+VOLUMES = PhantomConfig(shape=(40, 40, 32), spacing_mm=(2.4, 2.4, 2.4), classes=4, channels=2)
+METHODS = "supervised,mean-teacher,mean-teacher+semisam,mean-teacher+sfr,mean-teacher+atlas"
 
 
 def dataset(runs: Path) -> Path:
     """The volumes, made once."""
     folder = runs / "data"
     if not (folder / "dataset.json").exists():
-        write_phantom_dataset(folder, CASES, CASES, PhantomConfig(classes=4, channels=2), SEED)
+        write_phantom_dataset(folder, CASES, CASES, VOLUMES, SEED)
     return folder
 
 
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, methods=METHODS, labels="1,4", iterations=600)
+    add_options(parser, methods=METHODS, labels="1,4", iterations=300)
     options = parser.parse_args()
     data = dataset(options.runs)
     names = sorted(path.name.removesuffix("_0000.nii.gz") for path in (data / "imagesTr").glob("*_0000.nii.gz"))
@@ -44,7 +46,10 @@ def main() -> None:
             "labeled": labels,
             "val": names[-VALIDATION:],
             "network": {"name": "vnet", "args": {"n_filters": 8}},
-            "plan": {"patch": [48, 48, 32]},
+            "plan": {"patch": [32, 32, 32]},
+            "optim": {"name": "adamw", "lr": 0.003, "schedule": "poly"},
+            "foreground": 0.5,
+            "terms": {"sfr": {"tune_iterations": 100}} if "sfr" in method.split("+") else {},
             "iterations": options.iterations,
             "seed": options.seed,
         }

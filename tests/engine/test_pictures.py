@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,13 @@ from scarceseg.engine import pictures
 from scarceseg.engine.run import train
 from scarceseg.foundation.sam_volume import SamPromptable
 from scarceseg.foundation.stitching import Stitch
-from scarceseg.foundation.tiny_sam import save_tiny_sam
 from scarceseg.methods.pseudo_labels import PseudoLabels
-from scarceseg.methods.sfr import Sfr
 from tests.foundation.small import small_sam
 from tests.tiny import tiny_config, tiny_dataset
 
+pytestmark = pytest.mark.usefixtures("small_foundation")
+
 SFR = {"sfr": {"tune_iterations": 1}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_foundation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    file = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_tiny_sam(file, small_sam())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sfr, "foundation", str(file))
-        yield
 
 
 @pytest.fixture(scope="module")

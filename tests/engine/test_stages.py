@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, Interrupted
-from scarceseg.foundation.tiny_sam import save_tiny_sam
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
 from scarceseg.methods.sfr import Sfr
 from tests.engine.test_run import lines, same
-from tests.foundation.small import small_sam
 from tests.tiny import tiny_config, tiny_dataset
+
+pytestmark = pytest.mark.usefixtures("small_foundation")
 
 QUICK: dict[str, dict[str, Any]] = {
     "mean-teacher+sfr": {"sfr": {"tune_iterations": 3}},
@@ -30,16 +29,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "atlas": {"atlas": {"workers": 1, "registration": "affine"}},
     "self-training": {"self-training": {"rounds": 2, "teacher_iterations": 3}},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_foundation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A foundation model of the usual kind, but small, is what these runs take when none is named."""
-    file = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_tiny_sam(file, small_sam())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sfr, "foundation", str(file))
-        yield
 
 
 @pytest.fixture(scope="module")

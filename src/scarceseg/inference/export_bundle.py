@@ -21,6 +21,7 @@ from scarceseg.engine.checkpoint import write_atomic, write_text
 from scarceseg.inference.export_network import Facts, to_torchscript
 from scarceseg.inference.export_readme import nifti, readme
 from scarceseg.inference.model import BUNDLE_INFO, BUNDLE_KEY, BUNDLE_WEIGHTS, ModelInfo
+from scarceseg.inference.sliding import overlaps, steps
 from scarceseg.networks.base import SegmentationNetwork
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -108,7 +109,7 @@ def inference(plan: Plan) -> dict[str, Any]:
             "_target_": "SlidingWindowInferer",
             "roi_size": "@patch",
             "sw_batch_size": 4,
-            "overlap": _half_overlap(plan.patch),
+            "overlap": overlaps(plan.patch, steps(plan.patch)),
             "mode": "gaussian",
             "padding_mode": "constant",
         },
@@ -181,11 +182,6 @@ def metadata(name: str, info: ModelInfo) -> dict[str, Any]:
         },
         BUNDLE_KEY: info.model_dump(mode="json"),
     }
-
-
-def _half_overlap(patch: Sequence[int]) -> list[float]:
-    """Shares of overlap with which MONAI, which rounds down, steps as `sliding_window` does: by half a patch, rounded."""
-    return [max(1 - (max(round(side / 2), 1) + 0.5) / side, 0.0) for side in patch]
 
 
 def _cases(channels: int) -> str:

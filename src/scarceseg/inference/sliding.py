@@ -72,7 +72,7 @@ def sliding_window(
         raise ConfigError(f"overlap is a share from 0 to below 1, got {overlap}")
     if min(*patch, *stride_legacy, batch) < 1:
         raise ConfigError(f"patch, stride and batch start at 1, got {list(patch)}, {list(stride_legacy)} and {batch}")
-    wanted = stride_legacy if mode == "legacy" else [max(round(side * (1 - overlap)), 1) for side in patch]
+    wanted = stride_legacy if mode == "legacy" else steps(patch, overlap)
     stride = [min(step, side) for step, side in zip(wanted, patch, strict=True)]
     total = count_windows(image.shape[1:], patch, stride)
     device = torch.device(device)
@@ -93,7 +93,7 @@ def sliding_window(
             tuple(patch),
             sw_batch_size=batch,
             predictor=predict,
-            overlap=_overlaps(patch, stride),
+            overlap=overlaps(patch, stride),
             mode="constant" if mode == "legacy" else "gaussian",
             padding_mode="constant",
             sw_device=device,
@@ -109,7 +109,12 @@ def count_windows(size: Sequence[int], patch: Sequence[int], stride: Sequence[in
     return len(dense_patch_slices(padded, tuple(patch), tuple(stride)))
 
 
-def _overlaps(patch: Sequence[int], stride: Sequence[int]) -> list[float]:
+def steps(patch: Sequence[int], overlap: float = 0.5) -> list[int]:
+    """Voxels from one window to the next."""
+    return [max(round(side * (1 - overlap)), 1) for side in patch]
+
+
+def overlaps(patch: Sequence[int], stride: Sequence[int]) -> list[float]:
     """The shares that make MONAI step exactly by `stride`: it takes the whole part of ``patch * (1 - overlap)``."""
     return [max(1 - (step + 0.5) / side, 0.0) for side, step in zip(patch, stride, strict=True)]
 
