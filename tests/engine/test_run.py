@@ -214,6 +214,23 @@ def test_without_unlabelled_cases_it_warns_and_trains_supervised(tmp_path: Path)
     folder = tiny_dataset(tmp_path / "data", cases=2)
     result = train(tiny_config(folder, iterations=2), tmp_path / "run")
     assert any("supervised" in warning for warning in result.warnings)
+
+
+def test_settings_that_change_nothing_are_told(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        data, method="supervised", iterations=1, batch_norm="split", foundation="tiny-sam", validate_every=1
+    )
+    told = train(config, tmp_path / "run").warnings
+    for part in (
+        "batch_norm 'split' changes nothing",
+        "foundation 'tiny-sam' changes nothing",
+        "validate_every changes",
+    ):
+        assert any(part in warning for warning in told), part
+    quiet = train(
+        tiny_config(data, method="mean-teacher", iterations=1, batch_norm="split"), tmp_path / "other"
+    ).warnings
+    assert not any("changes nothing" in warning for warning in quiet)
     assert "loss/mean-teacher" not in lines(tmp_path / "run")[0]
 
 

@@ -113,6 +113,8 @@ def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
         found.append(
             f"foundation {config.foundation!r} changes nothing: no term of {config.method!r} uses a foundation model"
         )
+    if config.batch_norm == "split" and not _needs_unlabelled(terms):
+        found.append(f"batch_norm 'split' changes nothing: no term of {config.method!r} reads unlabelled rows")
     if config.select == "last" and config.validate_every and not config.val:
         found.append("validate_every changes nothing: there are no validation cases, name them with --val")
     return found
