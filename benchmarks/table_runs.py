@@ -19,7 +19,7 @@ from scarceseg.errors import ScarceSegError
 from scarceseg.methods.pseudo_labels import PseudoLabels
 
 
-def add_options(parser: argparse.ArgumentParser, methods: str, labels: str, iterations: int) -> None:
+def add_options(parser: argparse.ArgumentParser, methods: str, labels: str, iterations: int | None) -> None:
     """What the user of a table's script may choose."""
     parser.add_argument("runs", type=Path)
     parser.add_argument("--methods", default=methods)

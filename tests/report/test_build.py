@@ -112,6 +112,18 @@ def test_known_directions_are_named(tmp_path: Path) -> None:
     assert "sagittal" in page.text and "x-y plane" not in page.text
 
 
+def test_what_was_asked_names_settings_that_differ_from_the_published_ones(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    words = ("25% centred on a structure", "labelled and unlabelled rows by themselves", "augmentation none")
+    plain = Page(build_report(run)).text
+    assert not any(word in plain for word in words)
+    config = Config.load(run / "config.yaml")
+    changes = {"batch_norm": "split", "foreground": 0.25, "augment": False}
+    (run / "config.yaml").write_text(config.model_copy(update=changes).dump())
+    asked = Page(build_report(run)).text
+    assert all(word in asked for word in words)
+
+
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", classes=[NASTY, "b"], cases=[NASTY, "case </pre>", "c"])
     config = Config.build({"dataset": f"/data/{NASTY}", "labeled": [NASTY], "network": {"args": {NASTY: NASTY}}})
