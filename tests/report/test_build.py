@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,27 @@ def test_what_was_asked_names_settings_that_differ_from_the_published_ones(tmp_p
     (run / "config.yaml").write_text(config.model_copy(update=changes).dump())
     asked = Page(build_report(run)).text
     assert all(word in asked for word in words)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("mean-teacher+sfr", {}, "foundation model tiny-sam checkpoint"),
+        ("mean-teacher+sfr+semisam", {}, "foundation model tiny-sam (sfr), tiny-sam3d (semisam) checkpoint"),
+        ("mean-teacher+sfr", {"foundation": "medsam"}, "foundation model medsam checkpoint"),
+        (
+            "mean-teacher+sfr+semisam",
+            {"terms": {"semisam": {"foundation": ["sam-med3d", "tiny-sam3d"]}}},
+            "foundation model tiny-sam (sfr), sam-med3d and tiny-sam3d (semisam) checkpoint",
+        ),
+    ],
+)
+def test_the_foundation_models_are_named(method: str, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = Config.load(run / "config.yaml")
+    values = config.model_dump(mode="json") | {"method": method, "terms": {}, "foundation": None} | settings
+    (run / "config.yaml").write_text(Config.build(values).dump())
+    assert words in Page(build_report(run)).text
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from scarceseg.evaluation.published import Benchmark, row_metrics
 from scarceseg.evaluation.result import ClassMetrics, Units, finite_mean
 from scarceseg.evaluation.runs import MeasuredRun
 from scarceseg.evaluation.tables import PublishedRow
+from scarceseg.methods.models import foundation_words
 
 OVERALL = None
 """Key of the mean over classes, beside the class names."""
@@ -86,7 +87,7 @@ class Group:
             "method": self.method,
             "labels": self.labels,
             "network": self.runs[0].config.network.name,
-            "foundation": self.runs[0].config.foundation,
+            "foundation": foundation_words(self.runs[0].config) or None,
             "settings": self.settings,
             "runs": [str(run.folder) for run in self.runs],
             "seeds": [run.config.seed for run in self.runs],

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import DataError
 from scarceseg.evaluation.tables import class_average
+from scarceseg.methods.models import foundation_words
 from scarceseg.report.curves import curve_charts
 from scarceseg.report.figures import CLASS_COLOURS
 from scarceseg.report.folder import RunRecord, ShownCase, read_case, read_run
@@ -163,7 +164,7 @@ def _asked(record: RunRecord) -> list[tuple[str, str]]:
         ("batch norm", "labelled and unlabelled rows by themselves" if config.batch_norm == "split" else ""),
         ("iterations", str(config.iterations)),
         ("optimiser", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule} schedule"),
-        ("foundation model", config.foundation or ""),
+        ("foundation model", foundation_words(config)),
         ("checkpoint kept", "the best on validation" if config.select == "best" else "the last"),
         ("seed", str(config.seed)),
     ]
