@@ -46,6 +46,8 @@ class TuningOptions(PseudoLabelOptions):
         augment: intensity curves per slice on patches, bends and contrast on whole volumes; 0 is off, 1 as described there.
         learn_from: another term of the sum, such as atlas: its guesses for the unlabelled volumes are learnt too, in every
             batch as many rows of them as reference ones. (ours)
+        tuned_in: folder of another run whose tuned model is taken, instead of tuning it again: of a run that differs in its other
+            terms, network or seed, on the same labelled volumes and with the same tuning. (ours)
         labels: "volume" labels each unlabelled volume once; "crop" runs the tuned model on every training patch, as the
             authors' script does.
     """
@@ -62,6 +64,7 @@ class TuningOptions(PseudoLabelOptions):
     axes: tuple[Literal[0, 1, 2], ...] = (2,)
     augment: float = Field(1.0, ge=0)
     learn_from: str | None = None
+    tuned_in: str | None = None
     labels: Literal["volume", "crop"] = "volume"
 
 
@@ -163,6 +166,11 @@ class TunedTeacher:
             self.work.fit(name, network, terms, sampler, iterations or self.iterations, optim, "contiguous")
             self._write(network, file)
             self.work.discard(name)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weights in the folder of a stage."""
+        return [_file(Path(), axis).name for axis in self.options.axes]
 
     def save(self, folder: Path) -> None:
         """Leave the networks' weights as they stand."""

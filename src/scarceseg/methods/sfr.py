@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,11 +16,10 @@ from scarceseg.functional.pseudo import pseudo_label_loss
 from scarceseg.methods.base import METHODS, FieldKind, TermOptions
 from scarceseg.methods.fine_tuning import TunedTeacher, TuningOptions
 from scarceseg.methods.pseudo_labels import PseudoLabels, PseudoLabelTerm
+from scarceseg.methods.tuned_in import take_tuned
 from scarceseg.types import IGNORE_LABEL, Step
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from scarceseg.data.prepare import PreparedCase
     from scarceseg.engine.workspace import Workspace
 
@@ -57,6 +57,9 @@ class Sfr(PseudoLabelTerm):
         teacher = TunedTeacher(work, self.options, work.foundation_of(self))
         tuned = work.folder(self.name, "tune")
         if stage == "tune":
+            if self.options.tuned_in is not None:
+                take_tuned(work, self.name, Path(self.options.tuned_in), teacher.files, teacher.whole)
+                return
             teacher.tune(tuned, f"{self.name}-tune", self._guessed(work))
             return
         teacher.load(tuned)
@@ -75,6 +78,7 @@ class Sfr(PseudoLabelTerm):
             "view": "whole volumes" if teacher.whole else "patches",
             "strategy": self.options.strategy,
             "tune_iterations": teacher.iterations,
+            **({"tuned_in": self.options.tuned_in} if self.options.tuned_in else {}),
         }
 
     def _guessed(self, work: Workspace) -> list[Source]:

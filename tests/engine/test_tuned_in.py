@@ -1,0 +1,91 @@
+"""A tuned model taken over from another run: the same student, no second tuning, and no way around hidden labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scarceseg.engine.run import train
+from scarceseg.errors import ConfigError, RunError
+from scarceseg.methods.fine_tuning import TunedTeacher
+from tests.engine.test_run import same
+from tests.tiny import tiny_config, tiny_dataset
+
+pytestmark = pytest.mark.usefixtures("small_foundation")
+
+TUNING = {"tune_iterations": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def first(data: Path, tmp_path: Path) -> Path:
+    train(tiny_config(data, method="mean-teacher+sfr", terms={"sfr": TUNING}), tmp_path / "first")
+    return tmp_path / "first"
+
+
+def no_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: TunedTeacher, folder: Path, stage: str, *_: Any, **__: Any) -> None:
+        assert "round" in stage, "tuned again"
+
+    monkeypatch.setattr(TunedTeacher, "tune", refuse)
+
+
+def test_the_same_student_without_a_second_tuning(
+    data: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_tuning(monkeypatch)
+    terms = {"sfr": TUNING | {"tuned_in": str(first)}}
+    train(tiny_config(data, method="mean-teacher+sfr", terms=terms), tmp_path / "second")
+    assert same(first, tmp_path / "second")
+    table = json.loads((tmp_path / "second" / "stages" / "sfr-label" / "confidence.json").read_text())
+    assert table["tuned_in"] == str(first)
+
+
+@pytest.mark.parametrize("method", ["cps+sfr", "sfr+"])
+def test_other_terms_and_lengths_may_take_it(
+    data: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    no_tuning(monkeypatch)
+    term = "sfr+" if method == "sfr+" else "sfr"
+    terms = {term: TUNING | {"tuned_in": str(first)} | ({"threshold": 1.0} if term == "sfr+" else {})}
+    train(tiny_config(data, method=method, terms=terms, iterations=2, seed=5), tmp_path / "second")
+    theirs, ours = (
+        run / "stages" / f"{name}-tune" / "tuned-axis2.safetensors"
+        for run, name in ((first, "sfr"), (tmp_path / "second", term))
+    )
+    assert theirs.read_bytes() == ours.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"labeled": 1}, {}, "labelled volumes"),
+        ({"labeled": ["case_01", "case_03"]}, {}, "labelled volumes"),
+        ({"plan": {"patch": [16, 16, 16], "spacing_mm": 3.0}}, {}, "spacing_mm"),
+        ({"method": "copy+sfr"}, {"learn_from": "copy"}, "learn_from"),
+        ({}, {"rank": 2}, "rank"),
+        ({}, {"tune_iterations": 7}, "tune_iterations"),
+    ],
+)
+def test_a_model_tuned_otherwise_is_refused(
+    data: Path, first: Path, tmp_path: Path, settings: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    terms = {"sfr": TUNING | {"tuned_in": str(first)} | options}
+    with pytest.raises(ConfigError, match=f"tuned with {words}"):
+        train(tiny_config(data, **{"method": "mean-teacher+sfr", "terms": terms} | settings), tmp_path / "second")
+    assert not (tmp_path / "second" / "model.safetensors").exists()
+
+
+def test_a_run_without_a_tuned_model_is_refused(data: Path, tmp_path: Path) -> None:
+    train(tiny_config(data, iterations=1), tmp_path / "plain")
+    for run, words in ((tmp_path / "plain", "tunes no foundation model"), (tmp_path / "none", "cannot read")):
+        terms = {"sfr": TUNING | {"tuned_in": str(run)}}
+        with pytest.raises((RunError, ConfigError), match=words):
+            train(tiny_config(data, method="sfr", terms=terms), tmp_path / f"after_{run.name}")
