@@ -3,6 +3,7 @@
     python benchmarks/la_development.py DATASET RUNS [--methods supervised,mean-teacher,ua-mt] [--labels 1,4,8,16]
     python benchmarks/la_development.py DATASET RUNS --methods mean-teacher+atlas --set terms.atlas.targets=soft --name soft
     python benchmarks/la_development.py DATASET RUNS --coarse
+    python benchmarks/la_development.py DATASET RUNS --methods acmt+sfr --tuned-by mean-teacher+sfr
 
 DATASET is the folder of the 80 development volumes in nnU-Net raw layout. la_000 .. la_063 train (first N labelled, the
 others unlabelled), la_064 .. la_079 validate. 1.25 mm, patch 64x64x48, 1000 iterations, V-Net-16, last checkpoint. With
@@ -21,7 +22,7 @@ from typing import Any
 from scarceseg import Config
 from scarceseg.config import merge
 from scarceseg.settings import read_assignments
-from table_runs import add_options, run_table
+from table_runs import add_options, run_table, tuned_by
 
 VALIDATION = [f"la_{i:03d}" for i in range(64, 80)]
 SPACING, NATIVE_MM = 1.25, 0.625
@@ -53,7 +54,8 @@ def main() -> None:
             **setting,
             "iterations": options.iterations or setting["iterations"],
         }
-        return Config.build(merge(values, read_assignments(options.set)))
+        tuned = tuned_by(options, method, labels)
+        return Config.build(merge(merge(values, tuned), read_assignments(options.set)))
 
     run_table("la_coarse" if options.coarse else "la_development", options, configure, NATIVE_MM)
 

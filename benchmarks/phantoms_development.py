@@ -16,7 +16,7 @@ from scarceseg import Config
 from scarceseg.config import merge
 from scarceseg.data.phantoms import PhantomConfig, write_phantom_dataset
 from scarceseg.settings import read_assignments
-from table_runs import add_options, run_table
+from table_runs import add_options, run_table, tuned_by
 
 CASES, VALIDATION, SEED = 32, 8, 11
 VOLUMES = PhantomConfig(shape=(40, 40, 32), spacing_mm=(2.4, 2.4, 2.4), classes=4, channels=2)
@@ -53,7 +53,8 @@ def main() -> None:
             "iterations": options.iterations,
             "seed": options.seed,
         }
-        return Config.build(merge(values, read_assignments(options.set)))
+        tuned = tuned_by(options, method, labels)
+        return Config.build(merge(merge(values, tuned), read_assignments(options.set)))
 
     run_table("phantoms_development", options, configure)
 

@@ -16,6 +16,7 @@ from scarceseg.data.dataset import load_dataset
 from scarceseg.data.plan import Plan
 from scarceseg.data.prepare import prepare_cases
 from scarceseg.errors import ScarceSegError
+from scarceseg.methods import parse_method
 from scarceseg.methods.pseudo_labels import PseudoLabels
 
 
@@ -28,6 +29,17 @@ def add_options(parser: argparse.ArgumentParser, methods: str, labels: str, iter
     parser.add_argument("--iterations", type=int, default=iterations)
     parser.add_argument("--set", action="append", default=[], help="any setting of the config, KEY=VALUE")
     parser.add_argument("--name", default="", help="of the variant that --set makes")
+    parser.add_argument(
+        "--tuned-by", default="", help="method whose runs have tuned the model of sfr, with the same settings"
+    )
+
+
+def tuned_by(options: argparse.Namespace, method: str, labels: int) -> dict[str, Any]:
+    """Terms that take the tuned model over from the run of another method with the same labelled volumes."""
+    term = next((term for term in parse_method(method) if term in ("sfr", "sfr+")), None)
+    if not options.tuned_by or term is None or method == options.tuned_by:
+        return {}
+    return {"terms": {term: {"tuned_in": str(options.runs / f"{options.tuned_by}_{labels}_seed{options.seed}")}}}
 
 
 def run_table(
@@ -84,7 +96,7 @@ def summary(run: Path, config: Config, native_mm: float | None) -> dict[str, Any
         "seconds_per_step": sorted(steps)[len(steps) // 2],
         "precision": environment["precision"],
         "memory_format": environment["memory_format"],
-        "config": config.model_dump(mode="json", exclude={"dataset"}),
+        "config": _without_folders(config),
     }
     if native_mm is not None:
         for key in ("hd95", "asd"):
@@ -92,6 +104,15 @@ def summary(run: Path, config: Config, native_mm: float | None) -> dict[str, Any
     if len(mean["mean"]) > 1:
         result["classes"] = {name: metrics["dice"] for name, metrics in mean["mean"].items()}
     return result
+
+
+def _without_folders(config: Config) -> dict[str, Any]:
+    """The settings, with the names of other runs instead of their places."""
+    values = config.model_dump(mode="json", exclude={"dataset"})
+    for options in values["terms"].values():
+        if options.get("tuned_in"):
+            options["tuned_in"] = Path(options["tuned_in"]).name
+    return values
 
 
 def _over_classes(mean: dict[str, dict[str, float | None]], key: str) -> float | None:
