@@ -44,6 +44,14 @@ CLICKS = (
     "pretrain/volumes.py",
 )
 
+# What the speed of inference, and of what stands beside the training step, depends on.
+INFERENCE = ("inference/sliding.py", "inference/predictor.py", "networks/vnet.py", "data/prepare.py")
+PIPELINE = {
+    "loader": ("data/sampling.py", "data/augment.py"),
+    "labels": ("foundation/tiny_sam.py", "foundation/tiny_sam3d_tuned.py", "foundation/tiny_sam3d_net.py"),
+    "help": ("cli.py", "__init__.py"),
+}
+
 
 def training_code(method: str) -> tuple[str, ...]:
     """Files a run of a method depends on: the common ones, its terms, and what these import; weights in the package too."""

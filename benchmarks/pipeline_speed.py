@@ -10,6 +10,7 @@ training step of `step_speed.py`. Command: `scarceseg --help` from a cold start 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -21,12 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import RESULTS, provenance, save
+from common import PIPELINE, RESULTS, provenance, save
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.foundation.base import Tuning
 from scarceseg.foundation.load import load_foundation
-
-CODE = ("data/sampling.py", "foundation/tiny_sam.py", "foundation/tiny_sam3d_tuned.py", "cli.py")
 
 
 def loader(patch: tuple[int, int, int]) -> dict[str, Any]:
@@ -49,8 +48,6 @@ def loader(patch: tuple[int, int, int]) -> dict[str, Any]:
     found: dict[str, Any] = {"loader_seconds": seconds, "patch": patch}
     step = RESULTS / "step_speed" / f"mean-teacher_{'x'.join(map(str, patch))}_cpu.json"
     if step.exists():
-        import json
-
         fastest = min(json.loads(step.read_text(encoding="utf-8"))["seconds"].values())
         found |= {"step_seconds": fastest, "loader_share": seconds / fastest}
     return found
@@ -93,7 +90,7 @@ def main() -> None:
     parts: dict[str, Any] = {"loader": lambda: loader((x, y, z)), "help": start_up, "labels": labels}
     for part in options.parts.split(","):
         result = parts[part]()
-        save(f"pipeline_speed/{part}", result | provenance(CODE))
+        save(f"pipeline_speed/{part}", result | provenance(PIPELINE[part]))
         print(result, flush=True)
 
 

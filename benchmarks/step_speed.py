@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+from torch import nn
 
-from common import provenance, save
+from common import provenance, save, training_code
 from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.selftest import to_memory_format
@@ -24,16 +26,26 @@ from scarceseg.networks import build_network
 from scarceseg.types import Labelled, Unlabelled
 
 
-def seconds(
-    method: str, patch: tuple[int, ...], precision: str, layout: str, repeats: int, device: torch.device
-) -> float:
-    """Best time of one step after a warm-up step."""
+def prepare_step(
+    method: str,
+    patch: tuple[int, ...],
+    layout: str,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]],
+    change: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> Callable[[int], None]:
+    """A step on random patches, to be called with its number.
+
+    Args:
+        change: of the student, once the terms are attached to it.
+    """
     torch.manual_seed(0)
     student = to_memory_format(build_network("vnet", 1, 2).to(device), layout)
     terms = build_terms(method, {}, 2)
     for term in terms.values():
         term.attach(student)
         term.to(device)
+    student = change(student)
     student.train()
     optimizer = build_optimizer(OptimConfig(), student, terms)
     reads = any("unlabelled" in term.reads for term in terms.values())
@@ -42,16 +54,28 @@ def seconds(
         Unlabelled(torch.randn(2, 1, *patch), ("c", "d")) if reads else None,
     )
     generator = torch.Generator(device=device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
-    best = float("inf")
-    for t in range(repeats + 1):
-        start = time.perf_counter()
+
+    def step(t: int) -> None:
         placed = place(batch, device, layout)
         train_step(student, student, terms, optimizer, placed, t, 1000, generator, autocast)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if t:
-            best = min(best, time.perf_counter() - start)
+
+    return step
+
+
+def seconds(
+    method: str, patch: tuple[int, ...], precision: str, layout: str, repeats: int, device: torch.device
+) -> float:
+    """Best time of one step after a warm-up step."""
+    autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+    step = prepare_step(method, patch, layout, device, autocast)
+    step(0)
+    best = float("inf")
+    for t in range(1, repeats + 1):
+        start = time.perf_counter()
+        step(t)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
@@ -80,7 +104,7 @@ def main() -> None:
                 "device": device.type,
                 "seconds": times,
                 "ratio": {key: base / value for key, value in times.items()},
-                **provenance(),
+                **provenance(training_code(method)),
             },
         )
 

@@ -12,10 +12,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from common import CLICKS, RESULTS, ROOT, TUNING, code_hash, direct_code, training_code
+from common import CLICKS, INFERENCE, PIPELINE, RESULTS, ROOT, TUNING, code_hash, direct_code, training_code
 from scarceseg.evaluation.tables import markdown_table, published_rows
+from step_profile import KINDS, REST
 
 STALE = "†"
 SEMISAM_PROMPTS = ("methods/semisam.py", "functional/reliability.py", "foundation/dialogue.py", "foundation/prompts.py",
@@ -45,6 +47,37 @@ def la_development() -> str:
         published = [p.dice for p in published_rows("LA", row["labels"]) if p.method == row["method"]]
         lines.append(_row(row) | {"published Dice": " / ".join(f"{p:.1f}" for p in published) or "-"})
     return markdown_table(lines) if lines else "Not measured yet."
+
+
+def la_coarse() -> str:
+    """The coarse setting: methods by labels, each with Dice, HD95 and the Dice of its pseudo-labels; means over seeds."""
+    rows = load("la_coarse")
+    columns = sorted({row["labels"] for row in rows})
+    methods = dict.fromkeys(
+        (row["method"], row.get("name", "")) for row in sorted(rows, key=lambda r: _by_labels(r)[1:])
+    )
+    lines = []
+    for method, name in methods:
+        line: dict[str, object] = {"method": f"{method} {name}".strip()}
+        for labels in columns:
+            found = [r for r in rows if (r["method"], r.get("name", ""), r["labels"]) == (method, name, labels)]
+            line[_counted(labels)] = _coarse_cell(found) if found else "-"
+        lines.append(line)
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
+def _coarse_cell(rows: list[dict[str, Any]]) -> str:
+    now = code_hash(training_code(rows[0]["method"]))
+    dice = f"{100 * mean(row['dice'] for row in rows):.1f}" + (f" ({len(rows)} seeds)" if len(rows) > 1 else "")
+    distances = [row["hd95_mm"] for row in rows if row["hd95_mm"] is not None]
+    guesses = [[guess["dice"] for guess in row["pseudo_labels"].values()] for row in rows]
+    labels = [f"{100 * mean(stage):.0f}" for stage in zip(*guesses, strict=True)]
+    parts = [dice, _number(mean(distances) if distances else None), *([", ".join(labels)] if labels else [])]
+    return " / ".join(parts) + ("" if all(row["code"] == now for row in rows) else f" {STALE}")
+
+
+def _counted(labels: int) -> str:
+    return "1 label" if labels == 1 else f"{labels} labels"
 
 
 def phantoms_development() -> str:
@@ -96,9 +129,9 @@ def foundation_step() -> str:
 
 def step_speed() -> str:
     """Time of a full-resolution step by arithmetic, and its ratio to float32 in the default layout."""
-    now = code_hash()
     lines = []
     for row in load("step_speed"):
+        now = code_hash(training_code(row["method"]))
         for key, seconds in row["seconds"].items():
             lines.append(
                 {
@@ -111,6 +144,64 @@ def step_speed() -> str:
                 }
             )
     return markdown_table(lines) if lines else "Not measured yet."
+
+
+def step_profile() -> str:
+    """Shares of a step by kind of operation, and what compilation brings."""
+    lines = []
+    for row in load("step_profile"):
+        mark = "" if row["code"] == code_hash(training_code(row["method"])) else f" {STALE}"
+        line: dict[str, object] = {"method": row["method"], "patch": "x".join(map(str, row["patch"])) + mark}
+        line |= {kind: f"{100 * row['shares'].get(kind, 0.0):.0f} %" for kind in (*KINDS, REST)}
+        if "compiled" in row:
+            line["torch.compile"] = f"{row['plain']['best']:.2f} -> {row['compiled']['best']:.2f} s"
+            line["compilation"] = f"{row['compiled']['first']:.0f} s"
+        lines.append(line)
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    return markdown_table([{c: line.get(c, "-") for c in columns} for line in lines]) if lines else "Not measured yet."
+
+
+def speed() -> str:
+    """One line for each thing beside the training step: what was measured, and its ratio where there is a plain way."""
+    lines: list[dict[str, object]] = []
+
+    def add(what: str, plain: str, ours: str, ratio: str, code: bool) -> None:
+        mark = "" if code else f" {STALE}"
+        lines.append({"what": what, "plain way": plain, "ours": ours + mark, "times faster": ratio})
+
+    for row in load("inference_speed"):
+        size, patch = ("x".join(map(str, row[key])) for key in ("size", "patch"))
+        add(
+            f"predicting {size}, patch {patch}: {row['legacy_windows']} windows one by one, {row['windows']} in batches",
+            f"{row['legacy_seconds']:.0f} s", f"{row['seconds']:.1f} s", f"{row['ratio']:.1f}",
+            row["code"] == code_hash(INFERENCE),
+        )  # fmt: skip
+        for batch, seconds in row["seconds_by_batch"].items():
+            add(
+                f"the same, {batch} windows in a batch", "", f"{seconds:.1f} s", "", row["code"] == code_hash(INFERENCE)
+            )
+        if "dice" in row:
+            legacy, dice = (f"{100 * row[key]:.2f}" for key in ("legacy_dice", "dice"))
+            add(
+                f"Dice [%] of both ways, {row['cases']} LA cases", legacy, dice, "", row["code"] == code_hash(INFERENCE)
+            )
+    parts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "pipeline_speed").glob("*")}
+    if (row := parts.get("loader", {})) and "step_seconds" in row:
+        add("a batch of patches, beside the step it feeds", f"{row['step_seconds']:.2f} s",
+            f"{1000 * row['loader_seconds']:.0f} ms", f"{1 / row['loader_share']:.0f}",
+            row["code"] == code_hash(PIPELINE["loader"]))  # fmt: skip
+    if row := parts.get("labels", {}):
+        for model, count in row["labels_per_minute"].items():
+            add(f"volumes of 104x104x44 labelled by `{model}`", "", f"{count:.0f} a minute", "",
+                row["code"] == code_hash(PIPELINE["labels"]))  # fmt: skip
+    if row := parts.get("help", {}):
+        code = row["code"] == code_hash(PIPELINE["help"])
+        add("`scarceseg --help`", "", f"{row['help_seconds']:.2f} s", "", code)
+    metrics = json.loads((RESULTS / "metrics_speed.json").read_text(encoding="utf-8"))
+    for row in metrics["rows"]:
+        add(f"metrics of a case, {row['masks']}", f"{row['plain_ms']:.0f} ms", f"{row['ms']:.0f} ms", f"{row['ratio']:.1f}",
+            metrics["code"] == code_hash(("evaluation/metrics.py",)))  # fmt: skip
+    return markdown_table(lines)
 
 
 FOUNDATION_CODE = ("foundation",)
@@ -212,10 +303,13 @@ def _number(value: float | None) -> str:
 
 TABLES = {
     "la-development": la_development,
+    "la-coarse": la_coarse,
     "phantoms-development": phantoms_development,
     "foundation-step": foundation_step,
     "semisam-prompts": semisam_prompts,
     "step-speed": step_speed,
+    "step-profile": step_profile,
+    "speed": speed,
     "foundation-clicks": foundation_clicks,
     "foundation-cost": foundation_cost,
     "tiny-sam-tuning": tiny_sam_tuning,

@@ -150,6 +150,7 @@ def predict(
     uncertainty: Annotated[bool, typer.Option(help="Also write the voxel-wise entropy / ln K, in [0, 1].")] = False,
     largest_component: Annotated[bool, typer.Option(help="Keep the largest component of each class.")] = False,
     legacy: Annotated[bool, typer.Option(help="Uniform 18x18x4 windows of the published scripts (slow).")] = False,
+    whole: Annotated[bool, typer.Option(help="Each volume in one piece (fastest, most memory).")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -164,6 +165,7 @@ def predict(
         uncertainty=uncertainty,
         largest_component=largest_component,
         legacy=legacy,
+        whole=whole,
         batch=batch,
         device=device,
     )

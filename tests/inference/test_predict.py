@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
-from scarceseg.errors import DataError, RunError
+from scarceseg.data.images import read_volume
+from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.inference import model as model_module
 from scarceseg.inference.predictor import Predictor, predict
 from scarceseg.types import Geometry
@@ -83,14 +85,52 @@ def test_odd_sizes_and_sides_shorter_than_the_patch(run: Path, tmp_path: Path, s
     assert overlap(sitk.GetArrayFromImage(mask) == 1, sitk.GetArrayFromImage(image) > THRESHOLD) > 0.9
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_coarser_plan_still_gives_the_grid_of_the_input(tmp_path: Path, legacy: bool) -> None:
+@pytest.mark.parametrize("windows", [{}, {"legacy": True}, {"whole": True}])
+def test_a_coarser_plan_still_gives_the_grid_of_the_input(tmp_path: Path, windows: dict[str, bool]) -> None:
     run = save_threshold(tmp_path / "coarse", spacing=2.0)
     image, centre = scan(direction=rotation(5), radius_mm=8)
-    written = predict(run, [put(image, tmp_path / "in", ".mha")], tmp_path / "out", legacy=legacy, on_progress=silent)
+    written = predict(run, [put(image, tmp_path / "in", ".mha")], tmp_path / "out", on_progress=silent, **windows)
     mask = sitk.ReadImage(str(written[0]))
     same_grid(mask, image)
     assert np.abs(centroid(mask) - centre).max() < 0.4
+
+
+@pytest.mark.parametrize("size", [(7, 61, 13), (33, 5, 40)])
+def test_a_whole_volume_goes_through_the_network_once(
+    run: Path, tmp_path: Path, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    forward = Threshold.forward
+
+    def spy(self: Threshold, image: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(image.shape))
+        return forward(self, image)
+
+    monkeypatch.setattr(Threshold, "forward", spy)
+    monkeypatch.setattr(Threshold, "divisor", (8, 8, 4))
+    image, _ = scan(size=size, direction=rotation(4), radius_mm=4)
+    source = put(image, tmp_path / "in", ".nii.gz")
+    written = predict(run, [source], tmp_path / "out", whole=True, on_progress=silent)
+    mask = sitk.ReadImage(str(written[0]))
+    same_grid(mask, image)
+    assert overlap(sitk.GetArrayFromImage(mask) == 1, sitk.GetArrayFromImage(image) > THRESHOLD) > 0.9
+    x, y, z = Predictor(run).prepare(*read_volume([source])).image.shape[1:]
+    assert seen == [(1, 1, -(-x // 8) * 8, -(-y // 8) * 8, -(-z // 4) * 4)]
+
+
+def test_a_network_of_patches_alone_says_so_and_two_ways_exclude_each_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Threshold, image: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("size mismatch")
+
+    image, _ = scan()
+    source = put(image, tmp_path / "in", ".mha")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        predict(run, [source], tmp_path / "out", whole=True, legacy=True, on_progress=silent)
+    monkeypatch.setattr(Threshold, "forward", refuse)
+    with pytest.raises(RunError, match=r"in one piece \(size mismatch\): predict without 'whole'"):
+        predict(run, [source], tmp_path / "out", whole=True, on_progress=silent)
 
 
 def test_several_channels_are_taken_in_their_order(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from scarceseg.data.prepare import prepare_volume
 from scarceseg.engine.logging import Display
 from scarceseg.engine.parallel import processes, rank
 from scarceseg.engine.selftest import to_memory_format
-from scarceseg.errors import DataError, RunError
+from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.inference.prediction import Prediction, Prepared
@@ -28,23 +28,30 @@ class Predictor:
     """A trained network, loaded once.
 
     Windows overlap by half with Gaussian weights, or lie 18x18x4 voxels apart with equal weights (`legacy`, as in the
-    published evaluations of UA-MT and its successors; slow). On the kind of device it was trained on the network runs
+    published evaluations of UA-MT and its successors; slow), or there is one, the `whole` volume (fastest, most memory; masks
+    differ a little, as the network sees more than in training). On the kind of device it was trained on the network runs
     in the precision of its training, elsewhere in float32.
 
     Args:
         run: folder with ``model.json`` and ``model.safetensors``.
         device: "auto" takes a GPU if there is one; "cpu", "cuda" or "cuda:1".
-        legacy: see above.
+        legacy, whole: see above; at most one of them.
         batch: windows in one forward pass.
 
     Raises:
+        ConfigError: `legacy` and `whole` together.
         RunError: the run cannot be used (see `load_model`), or there is no such device.
     """
 
-    def __init__(self, run: Path | str, *, device: str = "auto", legacy: bool = False, batch: int = 4) -> None:
+    def __init__(
+        self, run: Path | str, *, device: str = "auto", legacy: bool = False, whole: bool = False, batch: int = 4
+    ) -> None:
+        if legacy and whole:
+            raise ConfigError("legacy and whole exclude each other: windows of the published scripts, or one for all")
         self.run = Path(run)
         self.device = pick_device(device)
         self.legacy = legacy
+        self.whole = whole
         self.batch = batch
         network, self.plan, self.info = load_model(self.run)
         self.network = network.to(self.device)
@@ -72,13 +79,14 @@ class Predictor:
             progress: called with the windows done and their number.
 
         Raises:
-            RunError: the device has too little memory.
+            RunError: the device has too little memory, or the network takes no whole volumes.
         """
+        window = self.window(volume)
         try:
             probability = sliding_window(
                 volume.image,
                 self.network,
-                self.plan.patch,
+                window,
                 mode="legacy" if self.legacy else "gaussian",
                 batch=self.batch,
                 device=self.device,
@@ -88,9 +96,23 @@ class Predictor:
         except torch.cuda.OutOfMemoryError:
             raise RunError(
                 f"{self.device} has too little memory for {self.batch} windows of "
-                f"{'x'.join(map(str, self.plan.patch))} voxels at once: take a smaller batch, or the CPU"
+                f"{'x'.join(map(str, window))} voxels at once: take a smaller batch, windows instead of the whole, or the CPU"
+            ) from None
+        except (RuntimeError, ValueError) as error:
+            if not self.whole:
+                raise
+            raise RunError(
+                f"the network {self.info.network.name} cannot take {'x'.join(map(str, window))} voxels in one piece "
+                f"({str(error).splitlines()[0]}): predict without 'whole'"
             ) from None
         return Prediction(probability.cpu().numpy(), volume.geometry, volume.original)
+
+    def window(self, volume: Prepared) -> tuple[int, ...]:
+        """Size of a window: the patch, or the whole volume rounded up to what the network's halvings need."""
+        if not self.whole:
+            return self.plan.patch
+        sides = zip(volume.image.shape[1:], self.network.divisor, strict=True)
+        return tuple(-(-side // divisor) * divisor for side, divisor in sides)
 
     def predict_volume(
         self, volume: Volume, geometry: Geometry, progress: Callable[[int, int], None] | None = None
@@ -145,6 +167,7 @@ def predict(
     uncertainty: bool = False,
     largest_component: bool = False,
     legacy: bool = False,
+    whole: bool = False,
     batch: int = 4,
     device: str = "auto",
     overwrite: bool = True,
@@ -163,7 +186,7 @@ def predict(
         out: folder for the results, made if it is missing.
         probabilities, uncertainty: write these maps too.
         largest_component: keep the largest connected piece of each class in the mask; the maps stay as they are.
-        legacy, batch, device: see `Predictor`.
+        legacy, whole, batch, device: see `Predictor`.
         overwrite: replace results of an earlier call; inputs are never replaced.
         on_progress: called with the cases done (a fraction counts the current one's windows), their number, and the
             current name; None shows a progress bar.
@@ -175,7 +198,7 @@ def predict(
         RunError: the run or the device cannot be used, or `out` cannot be written.
         DataError: nothing to predict; or, after all others are done, the list of the cases that failed.
     """
-    predictor = Predictor(run, device=device, legacy=legacy, batch=batch)
+    predictor = Predictor(run, device=device, legacy=legacy, whole=whole, batch=batch)
     entries = [inputs] if isinstance(inputs, str | Path) else inputs
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
     jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)[rank() :: processes()]
