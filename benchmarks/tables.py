@@ -176,15 +176,16 @@ def speed() -> str:
             f"{row['legacy_seconds']:.0f} s", f"{row['seconds']:.1f} s", f"{row['ratio']:.1f}",
             row["code"] == code_hash(INFERENCE),
         )  # fmt: skip
-        for batch, seconds in row["seconds_by_batch"].items():
-            add(
-                f"the same, {batch} windows in a batch", "", f"{seconds:.1f} s", "", row["code"] == code_hash(INFERENCE)
-            )
-        if "dice" in row:
-            legacy, dice = (f"{100 * row[key]:.2f}" for key in ("legacy_dice", "dice"))
-            add(
-                f"Dice [%] of both ways, {row['cases']} LA cases", legacy, dice, "", row["code"] == code_hash(INFERENCE)
-            )
+        current = row["code"] == code_hash(INFERENCE)
+        batches = row["seconds_by_batch"]
+        seconds = " / ".join(f"{value:.1f}" for value in batches.values())
+        add(f"the same, {' / '.join(batches)} windows in a batch", "", f"{seconds} s", "", current)
+        add("the same volume in one piece (`--whole`)", f"{row['legacy_seconds']:.0f} s", f"{row['whole_seconds']:.1f} s",
+            f"{row['whole_ratio']:.1f}", current)  # fmt: skip
+        for key, way in (("dice", "windows"), ("whole_dice", "one piece")):
+            if key in row:
+                legacy, dice = (f"{100 * row[name]:.2f}" for name in ("legacy_dice", key))
+                add(f"Dice [%] of {row['cases']} LA cases, {way}", legacy, dice, "", current)
     parts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "pipeline_speed").glob("*")}
     if (row := parts.get("loader", {})) and "step_seconds" in row:
         add("a batch of patches, beside the step it feeds", f"{row['step_seconds']:.2f} s",
