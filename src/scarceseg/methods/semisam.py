@@ -27,7 +27,8 @@ class SemiSamOptions(TermOptions):
     """Options of SemiSAM.
 
     Attributes:
-        weight, ramp: the paper has 0.1 and ``semisam-down``; its script ramps by ``laine-down``.
+        weight, ramp: the paper has 0.1 and ``semisam-down``; its script ramps by ``laine-down``. The gate leaves a part of the
+            weight only, hence more here.
         foundation: promptable models, one or several (SemiSAM+); none takes the run's.
         view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
         prompts: what is asked, see `scarceseg.foundation.dialogue.Asking`; ``point`` is the paper's.
@@ -41,7 +42,7 @@ class SemiSamOptions(TermOptions):
             was resumed has none of them and may differ from an unbroken one by rounding.
     """
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(5.0, ge=0)
     ramp: RampName = "semisam-down"
     foundation: tuple[str, ...] = ()
     view: Literal["mosaic", "slices"] = "mosaic"
