@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scarceseg.config import Config
+from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import ConfigError, RunError
 from scarceseg.methods.base import METHODS, build_options, parse_method
 from scarceseg.methods.models import foundation_models
@@ -53,8 +55,7 @@ def take_tuned(work: Workspace, name: str, other: Path, files: Sequence[str], wh
         if not source.exists():
             raise RunError(f"terms.{name}.tuned_in: {source} is missing; finish that run's tuning first")
         if work.fabric.is_global_zero and not (folder / file).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / file)
+            write_atomic(folder / file, partial(shutil.copyfile, source))
     work.fabric.barrier()
 
 
