@@ -80,6 +80,26 @@ def _counted(labels: int) -> str:
     return "1 label" if labels == 1 else f"{labels} labels"
 
 
+def la_suggest() -> str:
+    """One more labelled case: the suggested one, and random ones."""
+    lines = []
+    for row in load("la_suggest"):
+        now = code_hash(training_code(row["method"]))
+        arms = row["arms"]
+        random = [100 * arm["dice"] for name, arm in arms.items() if name != "suggested"]
+        current = all(arm["code"] == now for arm in arms.values())
+        lines.append(
+            {
+                "start": f"{row['method']}, {_counted(row['labels'])}, {row['config']['plan']['spacing_mm'][0]:g} mm",
+                "Dice [%]": f"{100 * row['start']['dice']:.1f}" + ("" if current else f" {STALE}"),
+                "with the suggested case": f"{100 * arms['suggested']['dice']:.1f}",
+                "with a random case": ", ".join(f"{dice:.1f}" for dice in random),
+                "their mean": f"{mean(random):.1f}" if random else "-",
+            }
+        )
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
 def phantoms_development() -> str:
     """Four structures in two channels: the mean over them."""
     lines = [_row(row) for row in sorted(load("phantoms_development"), key=_by_labels)]
@@ -305,6 +325,7 @@ def _number(value: float | None) -> str:
 TABLES = {
     "la-development": la_development,
     "la-coarse": la_coarse,
+    "la-suggest": la_suggest,
     "phantoms-development": phantoms_development,
     "foundation-step": foundation_step,
     "semisam-prompts": semisam_prompts,
