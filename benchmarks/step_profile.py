@@ -9,7 +9,6 @@ all of them. With --compile the student is compiled too, and its steps are timed
 from __future__ import annotations
 
 import argparse
-import time
 from collections import defaultdict
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from common import provenance, save, training_code
-from step_speed import prepare_step
+from step_speed import first_and_best, prepare_step
 
 KINDS = {
     "convolution, backward": ("convolution_backward", "conv3d_backward"),
@@ -59,12 +58,8 @@ def timed(method: str, patch: tuple[int, ...], layout: str, repeats: int, compil
         return network
 
     step = prepare_step(method, patch, layout, torch.device("cpu"), nullcontext, change)
-    times = []
-    for t in range(repeats + 1):
-        start = time.perf_counter()
-        step(t)
-        times.append(time.perf_counter() - start)
-    return {"first": times[0], "best": min(times[1:])}
+    first, best = first_and_best(step, repeats)
+    return {"first": first, "best": best}
 
 
 def main() -> None:

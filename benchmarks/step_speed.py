@@ -69,14 +69,17 @@ def seconds(
 ) -> float:
     """Best time of one step after a warm-up step."""
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
-    step = prepare_step(method, patch, layout, device, autocast)
-    step(0)
-    best = float("inf")
-    for t in range(1, repeats + 1):
+    return first_and_best(prepare_step(method, patch, layout, device, autocast), repeats)[1]
+
+
+def first_and_best(step: Callable[[int], None], repeats: int) -> tuple[float, float]:
+    """Seconds of the first step, which warms up, and of the fastest after it."""
+    times = []
+    for t in range(repeats + 1):
         start = time.perf_counter()
         step(t)
-        best = min(best, time.perf_counter() - start)
-    return best
+        times.append(time.perf_counter() - start)
+    return times[0], min(times[1:])
 
 
 def main() -> None:

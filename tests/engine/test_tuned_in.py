@@ -83,6 +83,16 @@ def test_a_model_tuned_otherwise_is_refused(
     assert not (tmp_path / "second" / "model.safetensors").exists()
 
 
+def test_a_model_that_learnt_from_guesses_is_refused_for_another_pool(data: Path, tmp_path: Path) -> None:
+    tuning = TUNING | {"learn_from": "copy"}
+    config = tiny_config(data, method="copy+sfr", terms={"sfr": tuning}, iterations=1)
+    train(config, tmp_path / "first")
+    terms = {"sfr": tuning | {"tuned_in": str(tmp_path / "first")}}
+    train(config.model_copy(update={"terms": terms}), tmp_path / "same")
+    with pytest.raises(ConfigError, match="tuned with unlabelled volumes"):
+        train(config.model_copy(update={"terms": terms, "val": ["case_04"]}), tmp_path / "held_out")
+
+
 def test_a_run_without_a_tuned_model_is_refused(data: Path, tmp_path: Path) -> None:
     train(tiny_config(data, iterations=1), tmp_path / "plain")
     for run, words in ((tmp_path / "plain", "tunes no foundation model"), (tmp_path / "none", "cannot read")):

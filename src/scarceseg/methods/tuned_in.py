@@ -42,13 +42,16 @@ def take_tuned(work: Workspace, name: str, other: Path, files: Sequence[str], wh
     term = next((term for term in (name, *TUNERS) if term in parse_method(config.method)), None)
     if term is None:
         raise RunError(f"terms.{name}.tuned_in: {other} is a run of {config.method!r}, which tunes no foundation model")
-    _same("labelled volumes", name, other, _labelled(other), sorted(case.name for case in work.labelled))
+    _same("labelled volumes", name, other, _cases(other, "labelled"), sorted(case.name for case in work.labelled))
     ours, theirs = work.plan.model_dump(mode="json"), _read(other / "plan.json")
     for key in PLAN if whole else (*PLAN, "patch"):
         _same(key, name, other, theirs.get(key), ours.get(key))
     mine, other_settings = tuning_settings(work.config, name, whole), tuning_settings(config, term, whole)
     for key, value in mine.items():
         _same(key, name, other, other_settings.get(key), value)
+    if mine["learn_from"] is not None:  # it has seen the guesses for these
+        pool = sorted(case.name for case in work.unlabelled)
+        _same("unlabelled volumes", name, other, _cases(other, "unlabelled"), pool)
     folder = work.folder(name, "tune")
     for file in files:
         source = other / "stages" / f"{term}-tune" / file
@@ -84,8 +87,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _labelled(run: Path) -> list[str]:
-    names = _read(run / "split.json").get("labelled")
+def _cases(run: Path, role: str) -> list[str]:
+    names = _read(run / "split.json").get(role)
     return sorted(map(str, names)) if isinstance(names, list) else []
 
 
