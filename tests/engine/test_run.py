@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from scarceseg.config import Config
 from scarceseg.engine import run as run_module
 from scarceseg.engine.run import train
-from scarceseg.errors import ConfigError, Interrupted, RunError
+from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
 from tests.tiny import tiny_config, tiny_dataset
 
 
@@ -214,6 +215,27 @@ def test_without_unlabelled_cases_it_warns_and_trains_supervised(tmp_path: Path)
     folder = tiny_dataset(tmp_path / "data", cases=2)
     result = train(tiny_config(folder, iterations=2), tmp_path / "run")
     assert any("supervised" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "message"),
+    [
+        ("mean-teacher+sfr", {"foundation": "tiny-sma"}, r"'tiny-sma' is neither .* did you mean .*'tiny-sam'"),
+        ("mean-teacher+semisam", {"foundation": "sam-vit-h"}, "weights of 'sam-vit-h' are not on this machine"),
+        (
+            "mean-teacher+sfr+semisam",
+            {"terms": {"semisam": {"foundation": ["tiny-sam3d", "none.pth"]}}},
+            "'none.pth' is neither",
+        ),
+    ],
+)
+def test_a_foundation_model_that_is_not_there_is_told_before_any_work(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, changed: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("SCARCESEG_CACHE", str(tmp_path / "cache"))
+    with pytest.raises((ConfigError, DataError), match=message):
+        train(tiny_config(data, method=method, **changed), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_that_change_nothing_are_told(data: Path, tmp_path: Path) -> None:

@@ -25,8 +25,10 @@ from scarceseg.engine.seeds import seed_init
 from scarceseg.engine.validation import Validation, finish
 from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import RunError
+from scarceseg.foundation.load import check_foundation
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms
+from scarceseg.methods.models import foundation_models
 from scarceseg.networks.base import build_network, divisor_of
 from scarceseg.report import build_report
 
@@ -65,6 +67,9 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     meet(uses_cuda(config))
     dataset, split = first_alone(lambda: _data(config))
     divisor = divisor_of(config.network.name, config.network.args)
+    if not resume:  # a run that goes on may be past the stages that need them
+        for name in {name for names in foundation_models(config).values() for name in names}:
+            check_foundation(name)
     resumed = first_alone(lambda: open_run(folder, config, resume))
     with stop_signals() as stop:
         warnings = [*split.warnings, *_useless(config, method_terms)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -131,6 +131,26 @@ class Tuning:
 
     strategy: Strategy = "lora"
     rank: int = 4
+
+    def check(self, name: str, channels: int, classes: int) -> None:
+        """Refuse what no model can be opened for.
+
+        Args:
+            name: of the model, for messages.
+            channels: of the images.
+            classes: K, background included.
+
+        Raises:
+            ConfigError: a strategy, rank or number of channels or classes that is not possible.
+        """
+        if channels < 1 or classes < 2:
+            raise ConfigError(
+                f"{name}: expected at least 1 channel and 2 classes with background, got {channels} and {classes}"
+            )
+        if self.strategy not in get_args(Strategy):
+            raise ConfigError(f"{name} is tuned by {', '.join(get_args(Strategy))}, not by {self.strategy!r}")
+        if self.strategy != "decoder" and self.rank < 1:
+            raise ConfigError(f"{name}: the rank of {self.strategy} starts at 1, got {self.rank}")
 
 
 class TunedModel(nn.Module, ABC):

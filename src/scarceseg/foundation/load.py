@@ -15,10 +15,12 @@ import torch
 from scarceseg.errors import ConfigError, near_matches
 from scarceseg.foundation import FOUNDATIONS, FoundationModel
 from scarceseg.foundation.base import Promptable
+from scarceseg.foundation.catalogue import CATALOGUE
 from scarceseg.foundation.identify import WORDS, identify
 from scarceseg.foundation.models import check_options
 from scarceseg.foundation.models.sam import build_sam
 from scarceseg.foundation.models.sam_med3d import build_sam_med3d
+from scarceseg.foundation.weights import find
 
 
 def load_foundation(name_or_file: str | Path, device: str | torch.device = "cpu", **options: Any) -> FoundationModel:
@@ -34,18 +36,37 @@ def load_foundation(name_or_file: str | Path, device: str | torch.device = "cpu"
         ConfigError: neither a name nor a file, a file that is no foundation model, or an option the model does not have.
         DataError: weights that are not on this machine, damaged, or do not fit.
     """
-    text = str(name_or_file)
-    if isinstance(name_or_file, str) and name_or_file in FOUNDATIONS.names():
+    if _is_name(name_or_file):
+        text = str(name_or_file)
         model = _build(text, FOUNDATIONS.get(text), options)
-    elif Path(name_or_file).exists():
-        model = _from_file(Path(name_or_file), options)
     else:
-        raise ConfigError(
-            f"{text!r} is neither a foundation model nor a file or folder: {near_matches(text, FOUNDATIONS.names())}"
-        )
+        model = _from_file(Path(name_or_file), options)
     if isinstance(model, Promptable):
         model.to(torch.device(device))
     return model
+
+
+def check_foundation(name_or_file: str | Path) -> None:
+    """Refuse a model that is not there, without reading its weights: a long run had better know before its first stage.
+
+    Args:
+        name_or_file: see `load_foundation`.
+
+    Raises:
+        ConfigError: neither a name nor a file or folder.
+        DataError: a name whose weights are not on this machine, or cut short.
+    """
+    if _is_name(name_or_file) and str(name_or_file) in CATALOGUE:
+        find(str(name_or_file))
+
+
+def _is_name(name_or_file: str | Path) -> bool:
+    if isinstance(name_or_file, str) and name_or_file in FOUNDATIONS.names():
+        return True
+    if Path(name_or_file).exists():
+        return False
+    known = near_matches(str(name_or_file), FOUNDATIONS.names())
+    raise ConfigError(f"{str(name_or_file)!r} is neither a foundation model nor a file or folder: {known}")
 
 
 def _from_file(path: Path, options: dict[str, Any]) -> FoundationModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from transformers.models.sam.modeling_sam import SamFeedForward
 
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.foundation.adapters import adapter_tensors, open_with_adapters
-from scarceseg.foundation.base import Strategy, Tunable, TunedModel, Tuning, freeze
+from scarceseg.foundation.base import Tunable, TunedModel, Tuning, freeze
 from scarceseg.foundation.lora import (
     copies,
     decoder_tensors,
@@ -99,7 +99,7 @@ class TunedSam(TunedModel):
         self.tuning = tuning
         self.channels = channels
         self.size = size
-        _check_counts(channels, classes, tuning)
+        tuning.check("a SAM", channels, classes)
         seed = self.options.seed
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
@@ -357,14 +357,3 @@ def _projection(channels: int, wanted: int, sam: SamModel) -> nn.Conv2d | None:
     )
     nn.init.constant_(projection.weight, 1 / channels)
     return projection
-
-
-def _check_counts(channels: int, classes: int, tuning: Tuning) -> None:
-    if channels < 1 or classes < 2:
-        raise ConfigError(
-            f"expected at least 1 channel and 2 classes (background counts), got {channels} and {classes}"
-        )
-    if tuning.strategy not in get_args(Strategy):
-        raise ConfigError(f"a SAM is tuned by {', '.join(get_args(Strategy))}, not by {tuning.strategy!r}")
-    if tuning.strategy != "decoder" and tuning.rank < 1:
-        raise ConfigError(f"the rank of {tuning.strategy} starts at 1, got {tuning.rank}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import get_args
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.foundation.adapters import BottleneckAdapter
-from scarceseg.foundation.base import Strategy, TunedModel, Tuning, freeze
+from scarceseg.foundation.base import TunedModel, Tuning, freeze
 from scarceseg.foundation.lora import copies, fill, fresh
 from scarceseg.types import ImageBatch
 
@@ -114,14 +113,7 @@ class TunedVolume(TunedModel):
 
     def __init__(self, name: str, channels: int, classes: int, tuning: Tuning, channel: int | None = None) -> None:
         super().__init__()
-        if channels < 1 or classes < 2:
-            raise ConfigError(
-                f"{name}: expected at least 1 channel and 2 classes with background, got {channels}, {classes}"
-            )
-        if tuning.strategy not in get_args(Strategy):
-            raise ConfigError(f"{name} is tuned by {', '.join(get_args(Strategy))}, not by {tuning.strategy!r}")
-        if tuning.strategy != "decoder" and tuning.rank < 1:
-            raise ConfigError(f"{name}: the rank of {tuning.strategy} starts at 1, got {tuning.rank}")
+        tuning.check(name, channels, classes)
         if channel is not None and not 0 <= channel < channels:
             raise ConfigError(f"{name}: there is no channel {channel}, the images have {channels} (0 first)")
         self.name, self.channels, self.classes, self.tuning = name, channels, classes, tuning
