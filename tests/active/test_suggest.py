@@ -180,8 +180,7 @@ def test_a_network_without_encoder_features(data: Path, tmp_path: Path, no_repor
 
 
 def test_the_newest_guesses_of_each_teacher_count(tmp_path: Path) -> None:
-    kept = ("sfr+-label", "sfr+-round1", "sfr+-round10", "sfr+-round2", "sfr+-tune", "self-training-label1")
-    for stage in (*kept, "copy-label", "copy-revision1"):
+    for stage in ("sfr+-label", "sfr+-round1", "sfr+-round10", "sfr+-round2", "sfr+-tune", "self-training-label1"):
         (tmp_path / "stages" / stage).mkdir(parents=True)
         if stage != "sfr+-tune":
             (tmp_path / "stages" / stage / "confidence.json").write_text("{}")
@@ -189,7 +188,6 @@ def test_the_newest_guesses_of_each_teacher_count(tmp_path: Path) -> None:
     assert {name: labels.folder.name for name, labels in found.items()} == {
         "sfr+": "sfr+-round10",
         "self-training": "self-training-label1",
-        "copy": "copy-label",  # the student has a share in the revised ones
     }
 
 

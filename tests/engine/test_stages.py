@@ -26,7 +26,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "mean-teacher+sfr": {"sfr": {"tune_iterations": 3}},
     "sfr+": {"sfr+": {"tune_iterations": 3, "threshold": 0.5, "refresh_iterations": 2}},
     "mean-teacher+copy": {},
-    "copy": {"copy": {"revisions": 2}},
     "atlas": {"atlas": {"workers": 1, "registration": "affine"}},
     "self-training": {"self-training": {"rounds": 2, "teacher_iterations": 3}},
 }
@@ -73,18 +72,6 @@ def test_stopped_in_any_stage_and_resumed_is_bit_for_bit_the_same(
     assert sorted(kept[0]) == sorted(kept[1])
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_stopped_beside_a_revision_and_resumed_is_bit_for_bit_the_same(data: Path, tmp_path: Path, after: int) -> None:
-    config = tiny_config(data, method="copy", terms={"copy": {"revisions": 2}}, checkpoint_every=4)
-    train(config, tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_in("train", after, patch)
-        with pytest.raises(Interrupted):
-            train(config, tmp_path / "cut")
-    train(config, tmp_path / "cut", resume=True)
-    assert same(tmp_path / "whole", tmp_path / "cut")
-
-
 @pytest.mark.parametrize("method", sorted(QUICK))
 def test_hidden_labels_are_never_opened_in_stages(tmp_path: Path, method: str) -> None:
     for name in ("clean", "garbage"):
@@ -95,60 +82,6 @@ def test_hidden_labels_are_never_opened_in_stages(tmp_path: Path, method: str) -
         config = tiny_config(folder, labeled=2, method=method, terms=QUICK[method])
         train(config, tmp_path / f"run_{name}", cache=tmp_path / f"cache_{name}")
     assert same(tmp_path / "run_clean", tmp_path / "run_garbage")
-
-
-def test_revised_guesses_are_the_mean_of_the_first_and_of_the_student(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[np.ndarray] = []
-    predict = workspace_module.Workspace.predict
-
-    def listen(self: Any, network: Any, case: Any, whole: bool = False) -> np.ndarray:
-        probability = predict(self, network, case, whole)
-        if case.name == "case_03":
-            said.append(probability)
-        return probability
-
-    monkeypatch.setattr(workspace_module.Workspace, "predict", listen)
-    terms = {"copy": {"revisions": 2, "student_share": 0.7}}
-    train(tiny_config(data, method="copy", terms=terms, iterations=6), tmp_path / "run")
-    stages = tmp_path / "run" / "stages"
-    first = PseudoLabels(stages / "copy-label").probability("case_03").astype(np.float32)
-    assert len(said) >= 2 and not np.array_equal(said[0], said[1])
-    for number, student in enumerate(said[:2], 1):
-        labels = PseudoLabels(stages / f"copy-revision{number}")
-        mean = 0.3 * first + 0.7 * student
-        np.testing.assert_allclose(labels.probability("case_03").astype(np.float32), mean, atol=1e-3)
-        sure = np.abs(mean[0] - mean[1]) > 1e-2
-        assert np.array_equal(labels.label("case_03")[sure], mean.argmax(0)[sure])
-        assert (
-            json.loads((stages / f"copy-revision{number}" / "confidence.json").read_text())["iteration"] == 2 * number
-        )
-
-
-def test_training_goes_on_with_the_revised_guesses(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first guess finds nothing, the student then claims everything, and from there on batches say so."""
-    seen: dict[int, set[int]] = {}
-    step = Loop._step
-
-    def nothing(self: Any, work: Any, case: Any) -> np.ndarray:
-        size = case.image.shape[1:]
-        return np.stack([np.full(size, 0.6, np.float32), np.full(size, 0.4, np.float32)])
-
-    def everything(self: Any, network: Any, case: Any, whole: bool = False) -> np.ndarray:
-        size = case.image.shape[1:]
-        return np.stack([np.zeros(size, np.float32), np.ones(size, np.float32)])
-
-    def look(self: Loop, batch: Any, iteration: int) -> Any:
-        seen[iteration] = set(batch[1].fields["copy/label"].unique().tolist())
-        return step(self, batch, iteration)
-
-    monkeypatch.setattr("scarceseg.methods.copy_mask.CopyMask.probability_of", nothing)
-    monkeypatch.setattr(workspace_module.Workspace, "predict", everything)
-    monkeypatch.setattr(Loop, "_step", look)
-    terms = {"copy": {"revisions": 1}}
-    train(tiny_config(data, method="copy", terms=terms, iterations=4), tmp_path / "run")
-    assert seen == {0: {0}, 1: {0}, 2: {1}, 3: {1}}
 
 
 def test_sfr_leaves_tuned_weights_labels_and_confidences(data: Path, tmp_path: Path) -> None:
@@ -323,8 +256,6 @@ def test_bad_settings_are_told_in_one_message(data: Path, tmp_path: Path) -> Non
         train(tiny_config(data, method="sfr", terms={"sfr": {"learn_from": "mean-teacher"}}), tmp_path / "a")
     with pytest.raises(ConfigError, match="neither a foundation model nor a file"):
         train(tiny_config(data, method="sfr", foundation="tiny-samm"), tmp_path / "b")
-    with pytest.raises(ConfigError, match="labels: .*revisions need labels that are kept"):
-        train(tiny_config(data, method="sfr", terms={"sfr": {"revisions": 1, "labels": "crop"}}), tmp_path / "c")
     with pytest.raises(ConfigError, match="axes"):
         train(tiny_config(data, method="sfr", terms={"sfr": {"axes": [3]}}), tmp_path / "c")
 

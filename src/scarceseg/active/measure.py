@@ -176,7 +176,7 @@ def other_teachers(run: Path, config: Config, classes: int) -> dict[str, PseudoL
     """Who else labelled the pool in a run, by term name, each with its newest guesses; empty when nobody did.
 
     Guesses are made before or during training, by a tuned foundation model, atlases or an earlier network, and lie in
-    ``stages/<term>-<stage>``. Revised guesses do not count: the student itself has a share in them.
+    ``stages/<term>-<stage>``.
     """
     found = {}
     for name, term in build_terms(config.method, config.terms, classes).items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from scarceseg.config import OptimConfig
@@ -66,13 +66,6 @@ class TuningOptions(PseudoLabelOptions):
     learn_from: str | None = None
     tuned_in: str | None = None
     labels: Literal["volume", "crop"] = "volume"
-
-    @field_validator("labels")
-    @classmethod
-    def _kept(cls, value: str, info: ValidationInfo) -> str:
-        if value == "crop" and info.data.get("revisions"):
-            raise ValueError("revisions need labels that are kept, which 'volume' has")
-        return value
 
 
 class AlongAxis(TunedModel):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import nn
 
 from scarceseg.data.cache import load, store
 from scarceseg.engine.checkpoint import write_text
@@ -129,25 +128,16 @@ class PseudoLabelOptions(TermOptions):
         targets: "hard" classes, as SFR has it, or "soft" probabilities. (ours)
         trust: "all" voxels alike, or each by its "weight": the agreement of atlases, or the largest probability. (ours)
         largest_component: hard guesses keep the largest component of each class only.
-        revisions: so often during training, after equal parts of it, the guesses are made anew: the mean of the first ones and
-            of what the student says by then, whose errors are others. (ours)
-        student_share: of the student in that mean.
     """
 
     weight: float = Field(1.0, ge=0)
     targets: Literal["hard", "soft"] = "hard"
     trust: Literal["all", "weight"] = "all"
     largest_component: bool = False
-    revisions: int = Field(0, ge=0)
-    student_share: float = Field(0.5, gt=0, le=1)
 
 
 class PseudoLabelTerm(Term):
-    """``0.5 (CE + Dice)`` of the student on unlabelled rows against labels guessed offline, weight 1 (SFR's re-training loss).
-
-    With ``revisions: R`` the labels of ``part k = 1 .. R`` of training are those of ``(1 - s) q_0 + s p_k``: the first guess
-    ``q_0``, which stays, and the student's probability ``p_k`` at iteration ``k T / (R + 1)``.
-    """
+    """``0.5 (CE + Dice)`` of the student on unlabelled rows against labels guessed offline, weight 1 (SFR's re-training loss)."""
 
     Options: ClassVar[type[TermOptions]] = PseudoLabelOptions
     reads = frozenset({"unlabelled"})
@@ -169,36 +159,9 @@ class PseudoLabelTerm(Term):
             kinds[f"{self.name}/weight"] = "weight"
         return kinds
 
-    def first_labels(self, work: Workspace) -> PseudoLabels:
+    def labels(self, work: Workspace) -> PseudoLabels:
         """Where the guesses of the last stage lie."""
         return PseudoLabels(work.folder(self.name, self.stages()[-1]))
-
-    def labels(self, work: Workspace) -> PseudoLabels:
-        """Where the guesses lie that training uses now: those of the newest round."""
-        newest: Path | None = getattr(self, "_newest", None)
-        return self.first_labels(work) if newest is None else PseudoLabels(newest)
-
-    def rounds(self, total: int) -> list[int]:
-        """``T k / (revisions + 1)`` for k = 1, 2, ..."""
-        return equal_parts(total, self.options.revisions + 1)
-
-    def refresh(self, iteration: int, student: nn.Module, work: Workspace) -> None:
-        """Make the guesses anew with the student's help; what an earlier call has left is taken as it is."""
-        number = self.rounds(work.config.iterations).index(iteration) + 1
-        folder = work.folder(self.name, f"revision{number}")
-        first, labels, share = self.first_labels(work), PseudoLabels(folder), self.options.student_share
-        folder.mkdir(parents=True, exist_ok=True)
-        for case in work.mine(work.unlabelled):
-            if work.stop():
-                raise Interrupted(f"stopped while {self.name} revised its labels; --resume goes on from there")
-            if not labels.has(case.name):
-                known = np.asarray(first.probability(case.name), dtype=np.float32)
-                mean = (1 - share) * known + share * work.predict(student, case)
-                self.keep(labels, case.name, mean, mean.max(0))
-        work.fabric.barrier()
-        if work.fabric.is_global_zero:
-            labels.finish([case.name for case in work.unlabelled], student_share=share, iteration=iteration)
-        self._newest = folder
 
     def fields(self, case: str, work: Workspace) -> Mapping[str, NDArray[Any]]:
         """The maps of one case."""
@@ -252,11 +215,6 @@ class PseudoLabelTerm(Term):
     def probability_of(self, work: Workspace, case: PreparedCase) -> NDArray[np.float32]:
         """The guess for one volume ``[K, X, Y, Z]``."""
         raise NotImplementedError
-
-
-def equal_parts(total: int, parts: int) -> list[int]:
-    """Where `total` iterations are cut into equal parts."""
-    return sorted({total * k // parts for k in range(1, parts)} - {0})
 
 
 def read_fields(kinds: Mapping[str, FieldKind], labels: PseudoLabels, case: str) -> dict[str, NDArray[Any]]:

@@ -13,7 +13,7 @@ from scarceseg.data.sampling import Source
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.fine_tuning import TunedTeacher
-from scarceseg.methods.pseudo_labels import PseudoLabels, equal_parts
+from scarceseg.methods.pseudo_labels import PseudoLabels
 from scarceseg.methods.sfr import Sfr, SfrOptions
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ class SfrPlusOptions(SfrOptions):
             the first round's.
         sure: what the student learns on a sure volume: nothing ("ignore", as published: pseudo-labels go to the unsure), or
             its own prediction ("student").
-        revisions: none; its rounds take their place.
     """
 
     threshold: float = Field(0.985, ge=0, le=1)
@@ -43,7 +42,6 @@ class SfrPlusOptions(SfrOptions):
     rounds: int = Field(3, ge=1)
     refresh_iterations: int | None = Field(None, ge=1)
     sure: Literal["ignore", "student"] = "ignore"
-    revisions: Literal[0] = 0
 
 
 @METHODS.register("sfr+")
@@ -63,7 +61,12 @@ class SfrPlus(Sfr):
 
     def rounds(self, total: int) -> list[int]:
         """``T k / rounds`` for k = 1, 2, ..."""
-        return equal_parts(total, self.options.rounds)
+        return sorted({total * k // self.options.rounds for k in range(1, self.options.rounds)} - {0})
+
+    def labels(self, work: Workspace) -> PseudoLabels:
+        """Those of the newest round."""
+        newest = getattr(self, "_newest", None)
+        return super().labels(work) if newest is None else PseudoLabels(newest)
 
     def refresh(self, iteration: int, student: nn.Module, work: Workspace) -> None:
         """One round; what an earlier call has left is taken as it is."""

@@ -232,7 +232,7 @@ def _notes(comparison: Comparison, names: Mapping[int, str], case: str) -> dict[
         row = group.runs[0].cases.get(case)
         dice = pick(row, OVERALL, "dice") if row else math.nan
         if math.isfinite(dice):
-            notes[names[id(group)]] = f"Dice {show(dice, 'dice')} %"
+            notes[names[id(group)]] = f"Dice {show(dice, 'dice')}\N{NO-BREAK SPACE}%"
     return notes
 
 

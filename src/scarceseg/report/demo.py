@@ -159,7 +159,7 @@ def _notes(case: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     for name, result in results.items():
         known = [v["dice"] for v in result["cases"].get(case, {}).values() if v["dice"] is not None]
         if known:
-            notes[name] = f"Dice {show(float(np.mean(known)), 'dice')} %"
+            notes[name] = f"Dice {show(float(np.mean(known)), 'dice')}\N{NO-BREAK SPACE}%"
     return notes
 
 
