@@ -1,6 +1,6 @@
 """One full-resolution training step of each method in every arithmetic, as a ratio to float32 in the default layout.
 
-    python benchmarks/step_speed.py [--methods mean-teacher] [--patch 112,112,80] [--repeats 2] [--device cpu]
+    python benchmarks/step_speed.py [--methods mean-teacher] [--patch 112,112,80] [--precisions fp32,bf16] [--device cpu]
 
 A step is 2 labelled and, where a term reads them, 2 unlabelled patches through V-Net-16: forward, terms, backward, update, EMA.
 """
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default="mean-teacher")
     parser.add_argument("--patch", default="112,112,80")
+    parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -94,7 +95,7 @@ def main() -> None:
     device = torch.device(options.device)
     for method in options.methods.split(","):
         times = {}
-        for precision in ("fp32", "bf16"):
+        for precision in options.precisions.split(","):
             for layout in ("contiguous", "channels_last_3d"):
                 times[f"{precision}/{layout}"] = seconds(method, patch, precision, layout, options.repeats, device)
                 print(method, precision, layout, round(times[f"{precision}/{layout}"], 3), flush=True)
