@@ -233,8 +233,9 @@ def test_a_foundation_model_that_is_not_there_is_told_before_any_work(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, changed: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setenv("SCARCESEG_CACHE", str(tmp_path / "cache"))
-    with pytest.raises((ConfigError, DataError), match=message):
-        train(tiny_config(data, method=method, **changed), tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises((ConfigError, DataError), match=message):
+            train(tiny_config(data, method=method, **changed), tmp_path / "run", resume=resume)
     assert not (tmp_path / "run").exists()
 
 

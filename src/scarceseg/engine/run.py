@@ -67,7 +67,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     meet(uses_cuda(config))
     dataset, split = first_alone(lambda: _data(config))
     divisor = divisor_of(config.network.name, config.network.args)
-    if not resume:  # a run that goes on may be past the stages that need them
+    if not (resume and (folder / "config.yaml").exists()):  # a run that goes on may be past the stages that need them
         for name in {name for names in foundation_models(config).values() for name in names}:
             check_foundation(name)
     resumed = first_alone(lambda: open_run(folder, config, resume))
