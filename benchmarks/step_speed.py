@@ -20,7 +20,7 @@ from common import provenance, save, training_code
 from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.selftest import to_memory_format
-from scarceseg.engine.step import place, train_step
+from scarceseg.engine.step import as_called, place, train_step
 from scarceseg.methods import build_terms
 from scarceseg.networks import build_network
 from scarceseg.types import Labelled, Unlabelled
@@ -48,6 +48,7 @@ def prepare_step(
     student = change(student)
     student.train()
     optimizer = build_optimizer(OptimConfig(), student, terms)
+    model = as_called(student, terms)
     reads = any("unlabelled" in term.reads for term in terms.values())
     batch = (
         Labelled(torch.randn(2, 1, *patch), torch.randint(0, 2, (2, *patch)), ("a", "b")),
@@ -57,7 +58,7 @@ def prepare_step(
 
     def step(t: int) -> None:
         placed = place(batch, device, layout)
-        train_step(student, student, terms, optimizer, placed, t, 1000, generator, autocast)
+        train_step(model, student, terms, optimizer, placed, t, 1000, generator, autocast)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
