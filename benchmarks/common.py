@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "src" / "scarceseg"
 
 # What every trained network and its score depend on; messages, commands and reports are left out on purpose.
-TRAINING = ("data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/seeds.py", "engine/step.py",
+TRAINING = ("data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/seeds.py", "engine/statistics.py", "engine/step.py",
             "inference/sliding.py", "networks/vnet.py", "methods/supervised.py")  # fmt: skip
 # Folders in which imports are followed from there and from the terms of a method.
 INTERFACES = {"foundation/base.py"}

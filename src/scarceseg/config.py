@@ -73,6 +73,8 @@ class Config(Section):
         batch_labeled, batch_unlabeled: rows of each kind in a step.
         batch_norm: "joint" normalises the labelled and unlabelled rows of a step together, as published; "split" each kind
             by itself.
+        batch_norm_statistics: what batch norm uses in prediction: "pool", the mean over random patches of all training images,
+            taken after training without any label; or "running", the average over the last training steps, as published.
         iterations: T.
         augment: weak augmentation (crop, 90-degree rotation, flips).
         foreground: share of labelled patches centred on a labelled foreground voxel; 0 is the published uniform crop.
@@ -93,6 +95,7 @@ class Config(Section):
     batch_labeled: int = Field(2, ge=1)
     batch_unlabeled: int = Field(2, ge=1)
     batch_norm: Literal["joint", "split"] = "joint"
+    batch_norm_statistics: Literal["pool", "running"] = "pool"
     iterations: int = Field(6000, ge=1)
     augment: bool = True
     foreground: float = Field(0.0, ge=0.0, le=1.0)

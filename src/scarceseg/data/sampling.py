@@ -128,8 +128,12 @@ class PatchSampler:
         labelled = Labelled(image, label.long(), names, fields)
         if not self.rows["unlabelled"]:
             return labelled, None
+        return labelled, self.unlabelled(iteration)
+
+    def unlabelled(self, iteration: int) -> Unlabelled:
+        """Unlabelled rows of one iteration, as CPU tensors."""
         image, _, fields, names = self._stack("unlabelled", iteration)
-        return labelled, Unlabelled(image, names, fields)
+        return Unlabelled(image, names, fields)
 
     def batches(self, start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
         """Batches of the iterations ``start .. stop - 1``, made `ahead` of their use in one background thread."""

@@ -22,6 +22,7 @@ from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
 from scarceseg.engine.parallel import check_rows, first_alone, meet, processes, rank, wait
 from scarceseg.engine.pictures import keep_pool
 from scarceseg.engine.seeds import seed_init
+from scarceseg.engine.statistics import pool_statistics
 from scarceseg.engine.validation import Validation, finish
 from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import RunError
@@ -236,6 +237,11 @@ def _train_stage(
     if not fabric.is_global_zero:
         return
     validation.load_best(student)
+    if config.batch_norm_statistics == "pool":
+        trained, student = student, work.build_student("statistics")  # its batch norms belong to this process alone
+        student.load_state_dict(trained.state_dict())
+        with timed_stage(folder, "statistics"):
+            pool_statistics(student, work)
     summary = {
         "method": config.method,
         "labelled": len(split.labelled),

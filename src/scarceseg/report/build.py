@@ -162,6 +162,7 @@ def _asked(record: RunRecord) -> list[tuple[str, str]]:
         ("labelled patches", f"{config.foreground:.0%} centred on a structure" if config.foreground else ""),
         ("augmentation", "" if config.augment else "none"),
         ("batch norm", "labelled and unlabelled rows by themselves" if config.batch_norm == "split" else ""),
+        ("statistics", "of the last training steps" if config.batch_norm_statistics == "running" else ""),
         ("iterations", str(config.iterations)),
         ("optimiser", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule} schedule"),
         ("foundation model", foundation_words(config)),
