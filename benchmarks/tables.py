@@ -31,6 +31,7 @@ FOUNDATION_STEP = (
     "foundation",
     "functional",
 )
+SETTINGS = {"la_development": "LA, 1.25 mm", "la_coarse": "LA, 2.5 mm", "phantoms_development": "phantoms"}
 METHODS = ("supervised", "mean-teacher", "ua-mt")
 
 
@@ -51,7 +52,16 @@ def la_development() -> str:
 
 def la_coarse() -> str:
     """The coarse setting: methods by labels, each with Dice, HD95 and the Dice of its pseudo-labels; means over seeds."""
-    rows = load("la_coarse")
+    return _by_method(load("la_coarse"))
+
+
+def semisam_weight() -> str:
+    """The same for the variants of SemiSAM that its default weight was chosen from."""
+    kinds = ("mean-teacher", "mean-teacher+semisam")
+    return _by_method([row for row in load("running/la_coarse") if row["method"] in kinds])
+
+
+def _by_method(rows: list[dict[str, Any]]) -> str:
     columns = sorted({row["labels"] for row in rows})
     methods = dict.fromkeys(
         (row["method"], row.get("name", "")) for row in sorted(rows, key=lambda r: _by_labels(r)[1:])
@@ -78,6 +88,39 @@ def _coarse_cell(rows: list[dict[str, Any]]) -> str:
 
 def _counted(labels: int) -> str:
     return "1 label" if labels == 1 else f"{labels} labels"
+
+
+def statistics() -> str:
+    """The same trained networks with the running statistics of batch norm and with those of the pool."""
+    lines = []
+    for folder, setting in SETTINGS.items():
+        pool = {_run(row): row for row in load(folder)}
+        for old in sorted(load(f"running/{folder}"), key=_by_labels):
+            if (new := pool.get(_run(old))) is not None:
+                lines.append(
+                    {
+                        "setting": setting,
+                        "labels": old["labels"],
+                        "method": f"{old['method']} {old.get('name', '')}".strip(),
+                        "Dice [%], running": f"{100 * old['dice']:.1f}{_mark(old)}",
+                        "pool": f"{100 * new['dice']:.1f}{_mark(new)}",
+                        "difference": f"{100 * (new['dice'] - old['dice']):+.1f}",
+                        "HD95 [mm], running": _number(old["hd95_mm"]),
+                        "HD95 [mm], pool": _number(new["hd95_mm"]),
+                    }
+                )
+    if lines:
+        gains = [float(str(line["difference"])) for line in lines]
+        lines.append(dict.fromkeys(lines[0], "") | {"setting": "mean", "difference": f"{mean(gains):+.1f}"})
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
+def _run(row: dict[str, Any]) -> tuple[object, ...]:
+    return (*_by_labels(row), row["config"]["seed"])
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return "" if row["code"] == code_hash(training_code(row["method"])) else f" {STALE}"
 
 
 def la_suggest() -> str:
@@ -325,6 +368,8 @@ def _number(value: float | None) -> str:
 TABLES = {
     "la-development": la_development,
     "la-coarse": la_coarse,
+    "statistics": statistics,
+    "semisam-weight": semisam_weight,
     "la-suggest": la_suggest,
     "phantoms-development": phantoms_development,
     "foundation-step": foundation_step,

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import scarceseg.engine.run as run_module
 from scarceseg.engine.run import train
-from scarceseg.engine.statistics import take_statistics
+from scarceseg.engine.statistics import pool_statistics, take_statistics
+from scarceseg.engine.workspace import Workspace
+from scarceseg.errors import Interrupted
 from scarceseg.networks import build_network
 from tests.tiny import tiny_config, tiny_dataset
 
@@ -86,3 +89,23 @@ def test_statistics_of_the_pool_follow_its_unlabelled_images(data: Path, tmp_pat
         found.append(load_file(tmp_path / str(number) / "model.safetensors"))
     changed = {key for key in found[0] if not torch.equal(found[0][key], found[1][key])}
     assert changed and all(key.endswith(BUFFERS) for key in changed)
+
+
+def test_stopped_while_taking_them_and_resumed_is_bit_for_bit_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped_before_the_second_batch(network: nn.Module, work: Workspace) -> None:
+        count = iter(range(100))
+        work.stop = lambda: next(count) == 1
+        pool_statistics(network, work)
+
+    config = tiny_config(data, iterations=3)
+    train(config, tmp_path / "whole", cache=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "pool_statistics", stopped_before_the_second_batch)
+        with pytest.raises(Interrupted, match="statistics"):
+            train(config, tmp_path / "cut", cache=tmp_path / "cache")
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    train(config, tmp_path / "cut", resume=True, cache=tmp_path / "cache")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[key]) for key, value in whole.items())

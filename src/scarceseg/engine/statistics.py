@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.engine.selftest import to_memory_format
 from scarceseg.engine.workspace import Workspace
+from scarceseg.errors import Interrupted
 from scarceseg.types import ImageBatch
 
 BATCHES = 64
@@ -40,7 +41,7 @@ def take_statistics(
         autocast: context of the forward passes.
     """
     network.eval()
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = _batch_norms(network)
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -59,14 +60,23 @@ def take_statistics(
             norm.momentum = momentum
 
 
+def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 def pool_statistics(network: nn.Module, work: Workspace) -> None:
     """Take a trained network's statistics from random patches of all training images, labelled or not, in place.
 
     Args:
         network: on the run's device; is left in evaluation mode.
         work: the run; only the images of its cases are looked at.
+
+    Raises:
+        Interrupted: stopped by Ctrl-C or SIGTERM; a resumed run takes them from the start.
     """
-    config = work.config
+    if not _batch_norms(network):
+        return
+    config, device = work.config, work.fabric.device
     sampler = PatchSampler(
         [],
         [Source(case.name, case.image) for case in (*work.labelled, *work.unlabelled)],
@@ -77,5 +87,14 @@ def pool_statistics(network: nn.Module, work: Workspace) -> None:
         augment=config.augment,
     )
     to_memory_format(network, work.memory_format)
-    images = (sampler.unlabelled(i).image.to(work.fabric.device) for i in range(min(BATCHES, config.iterations)))
-    take_statistics(network, images, work.fabric.autocast)
+    count = min(BATCHES, config.iterations)
+    with work.display("statistics", count) as display:
+
+        def images() -> Iterator[ImageBatch]:
+            for number in range(count):
+                if work.stop():
+                    raise Interrupted("stopped while taking batch norm statistics; --resume goes on from there")
+                yield sampler.unlabelled(number).image.to(device)
+                display.update(number + 1)
+
+        take_statistics(network, images(), work.fabric.autocast)
