@@ -94,9 +94,11 @@ def statistics() -> str:
     """The same trained networks with the running statistics of batch norm and with those of the pool."""
     lines = []
     for folder, setting in SETTINGS.items():
-        pool = {_run(row): row for row in load(folder)}
-        for old in sorted(load(f"running/{folder}"), key=_by_labels):
-            if (new := pool.get(_run(old))) is not None:
+        by_kind: dict[str, dict[object, dict[str, Any]]] = {"pool": {}, "running": {}}
+        for row in (*load(folder), *load(f"pool/{folder}"), *load(f"running/{folder}")):
+            by_kind[_statistics_of(row["config"])][_run(row)] = row
+        for old in sorted(by_kind["running"].values(), key=_by_labels):
+            if (new := by_kind["pool"].get(_run(old))) is not None:
                 lines.append(
                     {
                         "setting": setting,
@@ -113,6 +115,12 @@ def statistics() -> str:
         gains = [float(str(line["difference"])) for line in lines]
         lines.append(dict.fromkeys(lines[0], "") | {"setting": "mean", "difference": f"{mean(gains):+.1f}"})
     return markdown_table(lines) if lines else "Not measured yet."
+
+
+def _statistics_of(config: dict[str, Any]) -> str:
+    """What a run predicted with; those from before there was a choice, with the running statistics."""
+    kind = config.get("batch_norm_statistics", "running")
+    return {"auto": "pool" if config["batch_norm"] == "joint" else "running"}.get(kind, kind)
 
 
 def _run(row: dict[str, Any]) -> tuple[object, ...]:

@@ -74,7 +74,8 @@ class Config(Section):
         batch_norm: "joint" normalises the labelled and unlabelled rows of a step together, as published; "split" each kind
             by itself.
         batch_norm_statistics: what batch norm uses in prediction: "pool", the mean over random patches of all training images,
-            taken after training without any label; or "running", the average over the last training steps, as published.
+            taken after training without any label; "running", the average over the last training steps, as published;
+            "auto", the first with joint batch norm and the second with split.
         iterations: T.
         augment: weak augmentation (crop, 90-degree rotation, flips).
         foreground: share of labelled patches centred on a labelled foreground voxel; 0 is the published uniform crop.
@@ -95,7 +96,7 @@ class Config(Section):
     batch_labeled: int = Field(2, ge=1)
     batch_unlabeled: int = Field(2, ge=1)
     batch_norm: Literal["joint", "split"] = "joint"
-    batch_norm_statistics: Literal["pool", "running"] = "pool"
+    batch_norm_statistics: Literal["auto", "pool", "running"] = "auto"
     iterations: int = Field(6000, ge=1)
     augment: bool = True
     foreground: float = Field(0.0, ge=0.0, le=1.0)
@@ -107,6 +108,11 @@ class Config(Section):
     validate_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(250, ge=1)
     log_every: int = Field(10, ge=1)
+
+    @property
+    def takes_pool_statistics(self) -> bool:
+        """Whether batch norm's statistics are taken anew after training."""
+        return {"auto": self.batch_norm == "joint", "pool": True, "running": False}[self.batch_norm_statistics]
 
     def dump(self) -> str:
         """As YAML text, every value written out."""

@@ -76,6 +76,19 @@ def test_a_run_changes_the_statistics_alone_and_in_the_same_way_each_time(
     assert all(torch.equal(value, weights["again"][key]) for key, value in weights["pool"].items())
 
 
+@pytest.mark.parametrize("batch_norm", ["joint", "split"])
+def test_by_default_they_are_of_the_pool_but_for_split_batch_norm(data: Path, tmp_path: Path, batch_norm: str) -> None:
+    weights = {}
+    for choice in ("auto", "pool", "running"):
+        config = tiny_config(data, iterations=2, batch_norm=batch_norm, batch_norm_statistics=choice)
+        train(config, tmp_path / choice, cache=tmp_path / "cache")
+        weights[choice] = load_file(tmp_path / choice / "model.safetensors")
+    like = "pool" if batch_norm == "joint" else "running"
+    other = "running" if batch_norm == "joint" else "pool"
+    assert all(torch.equal(value, weights[like][key]) for key, value in weights["auto"].items())
+    assert any(not torch.equal(value, weights[other][key]) for key, value in weights["auto"].items())
+
+
 def test_statistics_of_the_pool_follow_its_unlabelled_images(data: Path, tmp_path: Path) -> None:
     """The same labelled case, another unlabelled one beside it: what a supervised run predicts with is another network."""
     other = tmp_path / "other"

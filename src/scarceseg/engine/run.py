@@ -237,7 +237,7 @@ def _train_stage(
     if not fabric.is_global_zero:
         return
     validation.load_best(student)
-    if config.batch_norm_statistics == "pool":
+    if config.takes_pool_statistics:
         trained, student = student, work.build_student("statistics")  # its batch norms belong to this process alone
         student.load_state_dict(trained.state_dict())
         with timed_stage(folder, "statistics"):

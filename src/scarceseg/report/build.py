@@ -25,6 +25,7 @@ from scarceseg.report.suggested import suggested_section
 from scarceseg.report.viewers import Viewer, planes_viewer, within_budget
 
 MOST_CASES = 6
+STATISTICS = {"pool": "of all training images", "running": "of the last training steps"}
 
 
 def build_report(run: Path) -> Path:
@@ -162,7 +163,7 @@ def _asked(record: RunRecord) -> list[tuple[str, str]]:
         ("labelled patches", f"{config.foreground:.0%} centred on a structure" if config.foreground else ""),
         ("augmentation", "" if config.augment else "none"),
         ("batch norm", "labelled and unlabelled rows by themselves" if config.batch_norm == "split" else ""),
-        ("statistics", "of the last training steps" if config.batch_norm_statistics == "running" else ""),
+        ("statistics", STATISTICS.get(config.batch_norm_statistics, "")),
         ("iterations", str(config.iterations)),
         ("optimiser", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule} schedule"),
         ("foundation model", foundation_words(config)),
