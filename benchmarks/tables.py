@@ -120,7 +120,7 @@ def statistics() -> str:
 def _statistics_of(config: dict[str, Any]) -> str:
     """What a run predicted with; those from before there was a choice, with the running statistics."""
     kind = config.get("batch_norm_statistics", "running")
-    return {"auto": "pool" if config["batch_norm"] == "joint" else "running"}.get(kind, kind)
+    return {"auto": "pool" if config.get("batch_norm", "joint") == "joint" else "running"}.get(kind, kind)
 
 
 def _run(row: dict[str, Any]) -> tuple[object, ...]:
