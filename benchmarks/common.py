@@ -72,6 +72,12 @@ def training_code(method: str) -> tuple[str, ...]:
     return tuple(sorted(found - INTERFACES))
 
 
+def step_code(method: str) -> tuple[str, ...]:
+    """Files that the time of a training step depends on: those of a run but for what stands beside the step."""
+    beside = ("data/prepare.py", "data/sampling.py", "engine/statistics.py", "inference/sliding.py")
+    return tuple(part for part in training_code(method) if part not in beside)
+
+
 def direct_code(teacher: str) -> tuple[str, ...]:
     """Files the labels of a teacher without a network depend on."""
     return ("data/prepare.py", "evaluation/metrics.py", *(("atlas",) if teacher == "atlas" else ("atlas/warp.py",)))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import provenance, save, training_code
+from common import provenance, save, step_code
 from step_speed import first_and_best, prepare_step
 
 KINDS = {
@@ -78,7 +78,7 @@ def main() -> None:
         if options.compile:
             for name, compiled in (("plain", False), ("compiled", True)):
                 result[name] = timed(method, patch, options.layout, options.repeats, compiled)
-        save(f"step_profile/{method}_{'x'.join(map(str, patch))}", result | provenance(training_code(method)))
+        save(f"step_profile/{method}_{'x'.join(map(str, patch))}", result | provenance(step_code(method)))
         print(result, flush=True)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from common import provenance, save, training_code
+from common import provenance, save, step_code
 from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.selftest import to_memory_format
@@ -109,7 +109,7 @@ def main() -> None:
                 "device": device.type,
                 "seconds": times,
                 "ratio": {key: base / value for key, value in times.items()},
-                **provenance(training_code(method)),
+                **provenance(step_code(method)),
             },
         )
 

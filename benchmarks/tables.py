@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import CLICKS, INFERENCE, PIPELINE, RESULTS, ROOT, TUNING, code_hash, direct_code, training_code
+from common import CLICKS, INFERENCE, PIPELINE, RESULTS, ROOT, TUNING, code_hash, direct_code, step_code, training_code
 from scarceseg.evaluation.tables import markdown_table, published_rows
 from step_profile import KINDS, REST
 
@@ -202,7 +202,7 @@ def step_speed() -> str:
     """Time of a full-resolution step by arithmetic, and its ratio to float32 in the default layout."""
     lines = []
     for row in load("step_speed"):
-        now = code_hash(training_code(row["method"]))
+        now = code_hash(step_code(row["method"]))
         for key, seconds in row["seconds"].items():
             lines.append(
                 {
@@ -221,7 +221,7 @@ def step_profile() -> str:
     """Shares of a step by kind of operation, and what compilation brings."""
     lines = []
     for row in load("step_profile"):
-        mark = "" if row["code"] == code_hash(training_code(row["method"])) else f" {STALE}"
+        mark = "" if row["code"] == code_hash(step_code(row["method"])) else f" {STALE}"
         line: dict[str, object] = {"method": row["method"], "patch": "x".join(map(str, row["patch"])) + mark}
         line |= {kind: f"{100 * row['shares'].get(kind, 0.0):.0f} %" for kind in (*KINDS, REST)}
         if "compiled" in row:
