@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -10,12 +11,17 @@ from typing import Literal
 import torch
 from torch import nn
 
+from scarceseg.errors import ConfigError
+
 Precision = Literal["fp32", "bf16"]
 MemoryFormat = Literal["contiguous", "channels_last_3d"]
 Arithmetic = tuple[Precision, MemoryFormat]
 
 # bf16 costs mantissa bits: it has to pay for them.
 _BF16_GAIN = 1.15
+# Rounding to bf16 moves a gradient by less than 0.01 of its largest value, a broken kernel by more than that value.
+_BF16_ERROR = 0.1
+_FEW_VOXELS = 1024
 
 
 def to_memory_format(module: nn.Module, memory_format: str) -> nn.Module:
@@ -69,6 +75,54 @@ def _candidates(device: torch.device) -> list[Precision]:
     return ["fp32", "bf16"] if bf16 < fp32 else ["fp32"]
 
 
+def broken_in_bf16(network: nn.Module, channels: int, patch: Sequence[int], device: torch.device) -> list[int] | None:
+    """Size of an input on which bf16 gives a convolution of the network a wrong gradient here; None when all are right.
+
+    PyTorch 2.13 on processors with bf16 instructions has such a fault: where the first side of the input has two voxels,
+    the gradient of the weights of a 3x3x3 convolution is made of memory that was never written, and sooner or later NaN.
+    Each kind of convolution is compared with float32 on the sizes it has in a patch; large ones are not, as it would take long.
+
+    Args:
+        network: is not changed.
+        channels, patch: of its input.
+        device: where it will run.
+    """
+    seen: dict[tuple[object, ...], tuple[nn.Conv3d, torch.Size]] = {}
+
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv3d)
+        size = inputs[0].shape
+        if size[2:].numel() <= _FEW_VOXELS:
+            kind = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups > 1, size[2:])
+            seen.setdefault(kind, (layer, size))
+
+    model = copy.deepcopy(network).to(device).eval()
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Conv3d)]
+    with torch.no_grad():
+        model(torch.randn(1, channels, *patch, device=device))
+    for hook in hooks:
+        hook.remove()
+    wrong = (list(size[2:]) for layer, size in seen.values() if _gradient_error(layer, size, device) > _BF16_ERROR)
+    return next(wrong, None)
+
+
+def _gradient_error(layer: nn.Conv3d, size: torch.Size, device: torch.device) -> float:
+    """Largest error of the weights' gradient in bf16, as a share of the largest value; infinite when it is not finite."""
+    x = torch.randn(2, *size[1:], device=device)
+    gradients: list[torch.Tensor] = []
+    for enabled in (False, True):
+        layer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            out = layer(x)
+        if not gradients:
+            sent = torch.randn_like(out)
+        out.float().backward(sent)
+        assert layer.weight.grad is not None
+        gradients.append(layer.weight.grad)
+    error = float((gradients[1] - gradients[0]).abs().max() / gradients[0].abs().max().clamp_min(1e-12))
+    return error if math.isfinite(error) else math.inf
+
+
 def choose(
     network: nn.Module,
     channels: int,
@@ -82,13 +136,26 @@ def choose(
 
     The test uses two patches of at most 48 voxels a side. bf16 is taken only when it is at least 1.15 times faster than
     float32 in the same run. Formats differ in rounding: two runs are equal bit for bit only with the same choice, which
-    a run keeps in its folder and ``precision`` and ``memory_format`` of the config fix.
+    a run keeps in its folder and ``precision`` and ``memory_format`` of the config fix. On a CPU bf16 is only taken where
+    `broken_in_bf16` finds nothing.
 
     Returns:
         Precision, memory format, and the measured seconds by ``precision/memory format`` (empty when nothing was open).
+
+    Raises:
+        ConfigError: bf16 is asked for and computes wrong gradients here.
     """
     state = torch.get_rng_state()
     precisions: list[Precision] = _candidates(device) if precision == "auto" else [precision]  # type: ignore[list-item]
+    if "bf16" in precisions and device.type == "cpu":
+        broken = broken_in_bf16(network, channels, patch, device)
+        if broken is not None and precision == "bf16":
+            raise ConfigError(
+                f"precision: bf16 computes wrong gradients on this processor, for convolutions on {'x'.join(map(str, broken))} "
+                "voxels: take auto or fp32, or a larger patch"
+            )
+        if broken is not None:
+            precisions = ["fp32"]
     formats: list[MemoryFormat] = (
         ["contiguous", "channels_last_3d"] if memory_format == "auto" else [memory_format]  # type: ignore[list-item]
     )
