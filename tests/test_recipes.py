@@ -137,13 +137,13 @@ def test_what_the_papers_say() -> None:
     for name in ("la-1", "la-16"):
         config = config_of(name)
         assert (config.plan.patch, config.iterations, config.optim.schedule) == ((112, 112, 80), 6000, "step")
-        assert (config.network.name, config.network.args, config.augment) == ("vnet", {}, True)
+        assert (config.network.name, config.network.args, config.augment) == ("vnet", {}, "reflections")
     for name in ("brats19-1", "brats19-50"):
         assert (config_of(name).plan.patch, config_of(name).network.name) == ((96, 96, 96), "unet3d")
     for name in ("btcv-1", "btcv-7", "abdomenct1k-1", "abdomenct1k-180"):
         config = config_of(name)
         assert (config.plan.patch, config.iterations) == ((96, 96, 96), 70000)
-        assert (config.optim.schedule, config.optim.power, config.augment) == ("poly", 0.9, False)
+        assert (config.optim.schedule, config.optim.power, config.augment) == ("poly", 0.9, "none")
     for name in ("mact-1", "mact-14"):
         config = config_of(name)
         assert (config.iterations, config.optim.schedule, config.optim.step) == (30000, "step", 12000)

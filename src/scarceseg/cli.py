@@ -151,6 +151,9 @@ def predict(
     largest_component: Annotated[bool, typer.Option(help="Keep the largest component of each class.")] = False,
     legacy: Annotated[bool, typer.Option(help="Uniform 18x18x4 windows of the published scripts (slow).")] = False,
     whole: Annotated[bool, typer.Option(help="Each volume in one piece (fastest, most memory).")] = False,
+    tta: Annotated[
+        bool, typer.Option(help="Average over the turns and flips of training (up to 8 times slower).")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -166,6 +169,7 @@ def predict(
         largest_component=largest_component,
         legacy=legacy,
         whole=whole,
+        tta=tta,
         batch=batch,
         device=device,
     )

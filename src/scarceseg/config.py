@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from scarceseg.errors import ConfigError, near_matches
+from scarceseg.types import Augment
 
 
 class Section(BaseModel):
@@ -77,7 +78,8 @@ class Config(Section):
             taken after training without any label; "running", the average over the last training steps, as published;
             "auto", the first with joint batch norm and the second with split.
         iterations: T.
-        augment: weak augmentation (crop, 90-degree rotation, flips).
+        augment: "all" turns and reflections of the slice plane alike (ours); "reflections" flips after every turn, as the
+            published scripts do: the network never sees a patch the way the volume lies; "none". True is "all", False "none".
         foreground: share of labelled patches centred on a labelled foreground voxel; 0 is the published uniform crop.
         select: "last" checkpoint, or "best" mean Dice on `val`.
         validate_every: iterations between validations; 0 validates at the end only.
@@ -98,7 +100,7 @@ class Config(Section):
     batch_norm: Literal["joint", "split"] = "joint"
     batch_norm_statistics: Literal["auto", "pool", "running"] = "auto"
     iterations: int = Field(6000, ge=1)
-    augment: bool = True
+    augment: Augment = "all"
     foreground: float = Field(0.0, ge=0.0, le=1.0)
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -108,6 +110,11 @@ class Config(Section):
     validate_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(250, ge=1)
     log_every: int = Field(10, ge=1)
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: "all", False: "none"}[value] if isinstance(value, bool) else value
 
     @property
     def takes_pool_statistics(self) -> bool:

@@ -7,6 +7,7 @@ Axes: ``B`` batch, ``L`` labelled rows, ``U`` unlabelled rows, ``C`` image chann
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ Logits = torch.Tensor
 """``[B, K, X, Y, Z]`` raw network output."""
 Probability = torch.Tensor
 """``[B, K, X, Y, Z]`` in [0, 1], sums to one over K."""
+
+Augment = Literal["all", "reflections", "none"]
+"""Orientations in the slice plane in which training shows its patches, see `scarceseg.data.sampling.PatchSampler`."""
 
 IGNORE_LABEL = 255
 

@@ -72,7 +72,7 @@ def test_every_case_is_visited_once_a_round() -> None:
 
 def test_crops_cover_the_volume_and_stay_inside() -> None:
     size, patch = (13, 12, 9), (8, 8, 6)
-    made = sampler(labelled=[source("a", size, 0)], augment=False, batch_labelled=1)
+    made = sampler(labelled=[source("a", size, 0)], augment="none", batch_labelled=1)
     starts = set()
     for t in range(300):
         first = int(made.batch(t)[0].image[0, 0, 0, 0, 0]) - 1
@@ -116,3 +116,23 @@ def test_padding_is_centred_and_crop_is_a_view() -> None:
     assert np.array_equal(padded[:, 1:4, :, 1:6], x)
     assert padded.sum() == x.sum()
     assert crop(padded, (1, 0, 1), (3, 4, 5)).base is not None
+
+
+@pytest.mark.parametrize("patch", [(6, 6, 4), (6, 4, 4)])
+def test_orientations_that_are_drawn(patch: tuple[int, int, int]) -> None:
+    """ "reflections", the published way, never shows a patch as it lies; "all" shows every orientation alike."""
+    seen: dict[str, set[tuple[int, ...]]] = {}
+    for augment in ("all", "reflections", "none"):
+        index = np.arange(np.prod(patch), dtype=np.float32).reshape(patch)
+        only = Source("a", index[None], np.zeros(patch, np.uint8))
+        made = sampler(labelled=[only], patch=patch, augment=augment, batch_labelled=4)
+        corners = {
+            (int(image[0, 0, 0, 0]), int(image[0, -1, 0, 0])) for t in range(30) for image in made.batch(t)[0].image
+        }
+        seen[augment] = corners
+    turns = 4 if patch[0] == patch[1] else 2
+    as_it_lies = {(0, int((patch[0] - 1) * patch[1] * patch[2]))}
+    assert len(seen["all"]) == 2 * turns and len(seen["reflections"]) == turns
+    assert seen["none"] == as_it_lies
+    assert as_it_lies <= seen["all"] and not as_it_lies & seen["reflections"]
+    assert seen["reflections"] < seen["all"]

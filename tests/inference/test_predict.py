@@ -85,7 +85,9 @@ def test_odd_sizes_and_sides_shorter_than_the_patch(run: Path, tmp_path: Path, s
     assert overlap(sitk.GetArrayFromImage(mask) == 1, sitk.GetArrayFromImage(image) > THRESHOLD) > 0.9
 
 
-@pytest.mark.parametrize("windows", [{}, {"legacy": True}, {"whole": True}])
+@pytest.mark.parametrize(
+    "windows", [{}, {"legacy": True}, {"whole": True}, {"tta": True}, {"tta": True, "whole": True}]
+)
 def test_a_coarser_plan_still_gives_the_grid_of_the_input(tmp_path: Path, windows: dict[str, bool]) -> None:
     run = save_threshold(tmp_path / "coarse", spacing=2.0)
     image, centre = scan(direction=rotation(5), radius_mm=8)

@@ -119,7 +119,7 @@ def test_what_was_asked_names_settings_that_differ_from_the_published_ones(tmp_p
     plain = Page(build_report(run)).text
     assert not any(word in plain for word in words)
     config = Config.load(run / "config.yaml")
-    changes = {"batch_norm": "split", "foreground": 0.25, "augment": False}
+    changes = {"batch_norm": "split", "foreground": 0.25, "augment": "none"}
     (run / "config.yaml").write_text(config.model_copy(update=changes).dump())
     asked = Page(build_report(run)).text
     assert all(word in asked for word in words)

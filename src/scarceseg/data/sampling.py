@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from scarceseg.engine.seeds import rng
-from scarceseg.types import Labelled, LabelMap, Unlabelled, Volume
+from scarceseg.types import Augment, Labelled, LabelMap, Unlabelled, Volume
 
 Array = NDArray[Any]
 
@@ -89,7 +89,8 @@ class PatchSampler:
         patch: voxels ``(X, Y, Z)``.
         batch_labelled, batch_unlabelled: rows.
         seed: of the run.
-        augment: random 90-degree rotation and flip in the slice plane; rotations by 90 degrees need X = Y, otherwise
+        augment: random orientation in the slice plane. "all" draws the four turns and the four reflections alike; "reflections"
+            flips after every turn, along X or Y, as the published scripts do; "none". Quarter turns need X = Y, otherwise
             only half turns are drawn.
         foreground: share in [0, 1].
     """
@@ -103,7 +104,7 @@ class PatchSampler:
         batch_unlabelled: int,
         seed: int,
         *,
-        augment: bool = True,
+        augment: Augment = "all",
         foreground: float = 0.0,
     ) -> None:
         self.sources = {"labelled": list(labelled), "unlabelled": list(unlabelled)}
@@ -185,7 +186,8 @@ class PatchSampler:
         return self._foreground_voxels[source.name]
 
     def _turn(self, draw: np.random.Generator) -> tuple[int, int | None]:
-        if not self.augment:
+        if self.augment == "none":
             return 0, None
         turns = int(draw.integers(4)) if self.patch[0] == self.patch[1] else 2 * int(draw.integers(2))
-        return turns, int(draw.integers(2))
+        other = int(draw.integers(2))
+        return turns, other if self.augment == "reflections" else (None if other else 0)

@@ -249,6 +249,7 @@ def _train_stage(
         "iterations": config.iterations,
         "seed": config.seed,
         "precision": precision,
+        "augment": config.augment,
     }
     save_model(folder, student, config.network, plan, summary)
     with timed_stage(folder, "validate"):

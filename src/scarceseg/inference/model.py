@@ -22,6 +22,7 @@ from scarceseg.data.plan import Plan
 from scarceseg.engine.checkpoint import write_atomic, write_text
 from scarceseg.errors import ConfigError, RunError
 from scarceseg.networks.base import SegmentationNetwork, build_network
+from scarceseg.types import Augment
 
 MODEL_FORMAT = 1
 """Raised when an older program would misread a model."""
@@ -43,6 +44,7 @@ class ModelInfo(BaseModel):
         device: kind of device it was trained on.
         precision: of the forward passes in training; predictions on the same kind of device use it too.
         memory_format: of the weights in training, likewise.
+        augment: the orientations in which it was trained.
         training: summary for people; nothing reads it.
     """
 
@@ -56,6 +58,7 @@ class ModelInfo(BaseModel):
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     memory_format: Literal["contiguous", "channels_last_3d"] = "contiguous"
+    augment: Augment = "all"
     training: dict[str, Any] = {}
 
 
@@ -73,7 +76,7 @@ def save_model(
         network: trained weights.
         network_config: what `network` was built from.
         plan: what it was trained with.
-        extra: summary of the training. ``precision`` ("fp32" or "bf16") in it becomes the hint for predictions.
+        extra: summary of the training. ``precision`` ("fp32" or "bf16") and ``augment`` in it become hints for predictions.
 
     Raises:
         RunError: the folder cannot be written.
@@ -87,6 +90,7 @@ def save_model(
         plan=plan,
         device=weight.device.type,
         precision=summary.pop("precision", "fp32"),
+        augment=summary.pop("augment", "all"),
         memory_format="channels_last_3d" if _is_channels_last(network) else "contiguous",
         training=summary,
     )

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from scarceseg.data.images import list_images, read_volume
 from scarceseg.data.prepare import prepare_volume
@@ -17,6 +18,7 @@ from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
 from scarceseg.inference.model import load_model, save_model
+from scarceseg.inference.orientations import MeanOverOrientations
 from scarceseg.inference.prediction import Prediction, Prepared
 from scarceseg.inference.sliding import sliding_window
 from scarceseg.types import Geometry, Volume
@@ -36,15 +38,24 @@ class Predictor:
         run: folder with ``model.json`` and ``model.safetensors``.
         device: "auto" takes a GPU if there is one; "cpu", "cuda" or "cuda:1".
         legacy, whole: see above; at most one of them.
+        tta: test-time augmentation, the mean over the orientations of training (`MeanOverOrientations`): two to eight times
+            the work.
         batch: windows in one forward pass.
 
     Raises:
-        ConfigError: `legacy` and `whole` together.
+        ConfigError: `legacy` and `whole` together, or `tta` for a network trained in one orientation.
         RunError: the run cannot be used (see `load_model`), or there is no such device.
     """
 
     def __init__(
-        self, run: Path | str, *, device: str = "auto", legacy: bool = False, whole: bool = False, batch: int = 4
+        self,
+        run: Path | str,
+        *,
+        device: str = "auto",
+        legacy: bool = False,
+        whole: bool = False,
+        tta: bool = False,
+        batch: int = 4,
     ) -> None:
         if legacy and whole:
             raise ConfigError("legacy and whole exclude each other: windows of the published scripts, or one for all")
@@ -56,6 +67,8 @@ class Predictor:
         network, self.plan, self.info = load_model(self.run)
         self.network = network.to(self.device)
         to_memory_format(self.network, self.info.memory_format)
+        x, y, _ = self.plan.patch
+        self.forward: nn.Module = MeanOverOrientations(self.network, self.info.augment, x == y) if tta else self.network
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -85,7 +98,7 @@ class Predictor:
         try:
             probability = sliding_window(
                 volume.image,
-                self.network,
+                self.forward,
                 window,
                 mode="legacy" if self.legacy else "gaussian",
                 batch=self.batch,
@@ -168,6 +181,7 @@ def predict(
     largest_component: bool = False,
     legacy: bool = False,
     whole: bool = False,
+    tta: bool = False,
     batch: int = 4,
     device: str = "auto",
     overwrite: bool = True,
@@ -186,7 +200,7 @@ def predict(
         out: folder for the results, made if it is missing.
         probabilities, uncertainty: write these maps too.
         largest_component: keep the largest connected piece of each class in the mask; the maps stay as they are.
-        legacy, whole, batch, device: see `Predictor`.
+        legacy, whole, tta, batch, device: see `Predictor`.
         overwrite: replace results of an earlier call; inputs are never replaced.
         on_progress: called with the cases done (a fraction counts the current one's windows), their number, and the
             current name; None shows a progress bar.
@@ -198,7 +212,7 @@ def predict(
         RunError: the run or the device cannot be used, or `out` cannot be written.
         DataError: nothing to predict; or, after all others are done, the list of the cases that failed.
     """
-    predictor = Predictor(run, device=device, legacy=legacy, whole=whole, batch=batch)
+    predictor = Predictor(run, device=device, legacy=legacy, whole=whole, tta=tta, batch=batch)
     entries = [inputs] if isinstance(inputs, str | Path) else inputs
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
     jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)[rank() :: processes()]

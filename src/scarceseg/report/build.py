@@ -161,7 +161,7 @@ def _asked(record: RunRecord) -> list[tuple[str, str]]:
         ("normalisation", ", ".join(str(n.get("kind")) for n in plan.get("normalisation", []) if isinstance(n, dict))),
         ("batch", f"{config.batch_labeled} labelled, up to {config.batch_unlabeled} unlabelled patches"),
         ("labelled patches", f"{config.foreground:.0%} centred on a structure" if config.foreground else ""),
-        ("augmentation", "" if config.augment else "none"),
+        ("augmentation", {"all": "", "reflections": "always flipped, as published"}.get(config.augment, "none")),
         ("batch norm", "labelled and unlabelled rows by themselves" if config.batch_norm == "split" else ""),
         ("statistics", STATISTICS.get(config.batch_norm_statistics, "")),
         ("iterations", str(config.iterations)),
