@@ -78,8 +78,9 @@ class Config(Section):
             taken after training without any label; "running", the average over the last training steps, as published;
             "auto", the first with joint batch norm and the second with split.
         iterations: T.
-        augment: "all" turns and reflections of the slice plane alike (ours); "reflections" flips after every turn, as the
-            published scripts do: the network never sees a patch the way the volume lies; "none". True is "all", False "none".
+        augment: "deform" bends patches a little and changes their contrast (ours); "all" turns and reflections of the slice
+            plane alike; "reflections" flips after every turn, as the published scripts do: the network never sees a patch the
+            way the volume lies; "none". True is "deform", False "none".
         foreground: share of labelled patches centred on a labelled foreground voxel; 0 is the published uniform crop.
         select: "last" checkpoint, or "best" mean Dice on `val`.
         validate_every: iterations between validations; 0 validates at the end only.
@@ -100,7 +101,7 @@ class Config(Section):
     batch_norm: Literal["joint", "split"] = "joint"
     batch_norm_statistics: Literal["auto", "pool", "running"] = "auto"
     iterations: int = Field(6000, ge=1)
-    augment: Augment = "all"
+    augment: Augment = "deform"
     foreground: float = Field(0.0, ge=0.0, le=1.0)
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -114,7 +115,7 @@ class Config(Section):
     @field_validator("augment", mode="before")
     @classmethod
     def _switch(cls, value: Any) -> Any:
-        return {True: "all", False: "none"}[value] if isinstance(value, bool) else value
+        return {True: "deform", False: "none"}[value] if isinstance(value, bool) else value
 
     @property
     def takes_pool_statistics(self) -> bool:

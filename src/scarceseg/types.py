@@ -26,8 +26,8 @@ Logits = torch.Tensor
 Probability = torch.Tensor
 """``[B, K, X, Y, Z]`` in [0, 1], sums to one over K."""
 
-Augment = Literal["all", "reflections", "none"]
-"""Orientations in the slice plane in which training shows its patches, see `scarceseg.data.sampling.PatchSampler`."""
+Augment = Literal["deform", "all", "reflections", "none"]
+"""What training does to its patches, see `scarceseg.data.sampling.PatchSampler`."""
 
 IGNORE_LABEL = 255
 

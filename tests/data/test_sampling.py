@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from scarceseg.data.augment import deform
 from scarceseg.data.sampling import PatchSampler, Source, crop, pad_to, turn
 
 
@@ -136,3 +137,52 @@ def test_orientations_that_are_drawn(patch: tuple[int, int, int]) -> None:
     assert seen["none"] == as_it_lies
     assert as_it_lies <= seen["all"] and not as_it_lies & seen["reflections"]
     assert seen["reflections"] < seen["all"]
+
+
+def test_a_deformed_patch_of_no_strength_is_the_crop() -> None:
+    size, patch, start = (13, 12, 9), (8, 7, 6), (3, 2, 1)
+    volume = source("a", size, 0)
+    assert volume.label is not None and volume.fields is not None
+    maps = {"image": volume.image, "label": volume.label, "soft": np.stack([volume.label, volume.label + 1])}
+    moved = deform(maps, start, patch, np.random.default_rng(0), 0.0)
+    for key, value in maps.items():
+        assert moved[key].dtype == value.dtype
+        np.testing.assert_allclose(moved[key], crop(value, start, patch), rtol=1e-5)
+
+
+def test_a_deformed_patch_stays_in_its_place_and_its_maps_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scarceseg.data.augment.contrast", lambda image, draw: image)
+    size, patch, start = (40, 36, 30), (20, 18, 12), (12, 10, 9)
+    x, y, z = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij")
+    ball = 9 - np.sqrt((x - 21) ** 2 + (y - 19) ** 2 + (z - 15) ** 2)
+    maps = {"image": np.stack([ball, x, y, z]).astype(np.float32), "label": (ball > 0).astype(np.uint8)}
+    own = crop(maps["image"], start, patch)
+    distances, changed = [], 0
+    for seed in range(8):
+        moved = deform(maps, start, patch, np.random.default_rng(seed))
+        sure = np.abs(moved["image"][0]) > 1
+        assert ((moved["image"][0] > 0) == (moved["label"] > 0))[sure].all()
+        shift = np.linalg.norm(moved["image"][1:] - own[1:], axis=0)
+        distances.append(float(shift.mean()))
+        changed += int((moved["label"] != crop(maps["label"], start, patch)).sum())
+    assert changed > 100
+    assert 0.5 < np.mean(distances) < 4.0  # voxels
+
+
+def test_a_deformed_patch_sees_what_lies_around_it() -> None:
+    """No border appears at the edge of a patch that lies inside its volume."""
+    size, patch, start = (40, 40, 40), (16, 16, 16), (12, 12, 12)
+    x = np.broadcast_to(np.arange(40, dtype=np.float32)[:, None, None], size)
+    for seed in range(6):
+        moved = deform({"image": x[None].copy(), "x": x}, start, patch, np.random.default_rng(seed))["x"]
+        assert (np.diff(moved, axis=0).mean(axis=(1, 2)) > 0.3).all()
+
+
+def test_deformed_batches_can_be_made_again_and_differ_in_contrast() -> None:
+    made = sampler(augment="deform")
+    first, again = made.batch(4), sampler(augment="deform").batch(4)
+    assert torch.equal(first[0].image, again[0].image) and torch.equal(first[0].label, again[0].label)
+    assert first[1] is not None and again[1] is not None
+    assert torch.equal(first[1].fields["pseudo"], again[1].fields["pseudo"])
+    assert first[1].fields["pseudo"].dtype == torch.uint8
+    assert not torch.equal(first[0].image, made.batch(5)[0].image)

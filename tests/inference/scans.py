@@ -57,7 +57,8 @@ def plan(channels: int = 1, classes: int = 2, spacing: float = 1.0) -> Plan:
 def save_threshold(run: Path, channels: int = 1, classes: int = 2, spacing: float = 1.0) -> Path:
     """A run folder with the network above; loading needs `build_network` to give a `Threshold`."""
     run.mkdir(exist_ok=True)
-    save_model(run, Threshold(channels, classes), NetworkConfig(name="threshold"), plan(channels, classes, spacing))
+    made, extra = plan(channels, classes, spacing), {"augment": "all"}
+    save_model(run, Threshold(channels, classes), NetworkConfig(name="threshold"), made, extra)
     return run
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scarceseg.data.augment import deform
 from scarceseg.engine.seeds import rng
 from scarceseg.types import Augment, Labelled, LabelMap, Unlabelled, Volume
 
@@ -89,9 +90,10 @@ class PatchSampler:
         patch: voxels ``(X, Y, Z)``.
         batch_labelled, batch_unlabelled: rows.
         seed: of the run.
-        augment: random orientation in the slice plane. "all" draws the four turns and the four reflections alike; "reflections"
-            flips after every turn, along X or Y, as the published scripts do; "none". Quarter turns need X = Y, otherwise
-            only half turns are drawn.
+        augment: what is done to a patch. "deform" bends it a little, changes its contrast (`scarceseg.data.augment.deform`)
+            and leaves it in the volume's frame. The next two draw an orientation in the slice plane: "all" each of the four
+            turns and four reflections alike; "reflections" flips after every turn, along X or Y, as the published scripts
+            do. Quarter turns need X = Y, otherwise only half turns are drawn. "none" only crops.
         foreground: share in [0, 1].
     """
 
@@ -104,7 +106,7 @@ class PatchSampler:
         batch_unlabelled: int,
         seed: int,
         *,
-        augment: Augment = "all",
+        augment: Augment = "deform",
         foreground: float = 0.0,
     ) -> None:
         self.sources = {"labelled": list(labelled), "unlabelled": list(unlabelled)}
@@ -159,6 +161,8 @@ class PatchSampler:
             maps["label"] = source.label
         maps = {key: pad_to(value, self.patch) for key, value in maps.items()}
         start = self._start(source, maps["image"].shape[-3:], draw)
+        if self.augment == "deform":
+            return source.name, deform(maps, start, self.patch, draw)
         turns, flip = self._turn(draw)
         return source.name, {
             key: np.ascontiguousarray(turn(crop(value, start, self.patch), turns, flip)) for key, value in maps.items()

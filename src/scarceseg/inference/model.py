@@ -58,7 +58,7 @@ class ModelInfo(BaseModel):
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     memory_format: Literal["contiguous", "channels_last_3d"] = "contiguous"
-    augment: Augment = "all"
+    augment: Augment = "deform"
     training: dict[str, Any] = {}
 
 
@@ -90,7 +90,7 @@ def save_model(
         plan=plan,
         device=weight.device.type,
         precision=summary.pop("precision", "fp32"),
-        augment=summary.pop("augment", "all"),
+        augment=summary.pop("augment", "deform"),
         memory_format="channels_last_3d" if _is_channels_last(network) else "contiguous",
         training=summary,
     )

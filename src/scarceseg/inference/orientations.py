@@ -27,9 +27,9 @@ class MeanOverOrientations(nn.Module):
 
     def __init__(self, network: nn.Module, augment: Augment, square: bool) -> None:
         super().__init__()
-        if augment == "none":
+        if augment not in ("all", "reflections"):
             raise ConfigError(
-                "this network was trained without turns and flips (augment: none), so there is nothing to average: "
+                f"this network was trained without turns and flips (augment: {augment}), so there is nothing to average: "
                 "predict without 'tta'"
             )
         self.network = network
@@ -49,6 +49,5 @@ class MeanOverOrientations(nn.Module):
 
 def orientations(augment: Augment, square: bool) -> Sequence[tuple[int, bool]]:
     """Quarter turns in the plane of X and Y, and whether X is flipped afterwards, of every orientation in training."""
-    flips = {"all": (False, True), "reflections": (True,), "none": (False,)}[augment]
-    turns = {True: (0, 1, 2, 3), False: (0, 2)}[square] if augment != "none" else (0,)
-    return [(quarter, flipped) for flipped in flips for quarter in turns]
+    flips = (False, True) if augment == "all" else (True,)
+    return [(quarter, flipped) for flipped in flips for quarter in ((0, 1, 2, 3) if square else (0, 2))]

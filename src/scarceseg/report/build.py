@@ -25,6 +25,12 @@ from scarceseg.report.suggested import suggested_section
 from scarceseg.report.viewers import Viewer, planes_viewer, within_budget
 
 MOST_CASES = 6
+AUGMENTATION = {
+    "deform": "",
+    "all": "turns and flips",
+    "reflections": "turns, always flipped, as published",
+    "none": "none",
+}
 STATISTICS = {"pool": "of all training images", "running": "of the last training steps"}
 
 
@@ -161,7 +167,7 @@ def _asked(record: RunRecord) -> list[tuple[str, str]]:
         ("normalisation", ", ".join(str(n.get("kind")) for n in plan.get("normalisation", []) if isinstance(n, dict))),
         ("batch", f"{config.batch_labeled} labelled, up to {config.batch_unlabeled} unlabelled patches"),
         ("labelled patches", f"{config.foreground:.0%} centred on a structure" if config.foreground else ""),
-        ("augmentation", {"all": "", "reflections": "always flipped, as published"}.get(config.augment, "none")),
+        ("augmentation", AUGMENTATION[config.augment]),
         ("batch norm", "labelled and unlabelled rows by themselves" if config.batch_norm == "split" else ""),
         ("statistics", STATISTICS.get(config.batch_norm_statistics, "")),
         ("iterations", str(config.iterations)),
