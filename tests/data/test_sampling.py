@@ -27,6 +27,7 @@ def sampler(**changes: object) -> PatchSampler:
         "batch_labelled": 2,
         "batch_unlabelled": 3,
         "seed": 7,
+        "augment": "all",
     }
     return PatchSampler(**(settings | changes))  # type: ignore[arg-type]
 
