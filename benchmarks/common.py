@@ -74,7 +74,7 @@ def training_code(method: str) -> tuple[str, ...]:
 
 def step_code(method: str) -> tuple[str, ...]:
     """Files that the time of a training step depends on: those of a run but for what stands beside the step."""
-    beside = ("data/prepare.py", "data/sampling.py", "engine/statistics.py", "inference/sliding.py")
+    beside = ("data/prepare.py", "data/sampling.py", "data/augment.py", "engine/statistics.py", "inference/sliding.py")
     return tuple(part for part in training_code(method) if part not in beside)
 
 

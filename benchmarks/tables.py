@@ -43,8 +43,17 @@ def load(folder: str) -> list[dict[str, Any]]:
 def la_development() -> str:
     """LA development split, with the published figures (full resolution, other test cases) beside ours."""
     direct = [row | {"name": "alone, no network"} for row in load("la_teachers")]
+    return _beside_published([*direct, *load("la_development")])
+
+
+def la_reflections() -> str:
+    """The same with the augmentation of the published scripts."""
+    return _beside_published(load("reflections/la_development"))
+
+
+def _beside_published(rows: list[dict[str, Any]]) -> str:
     lines = []
-    for row in sorted([*direct, *load("la_development")], key=_by_labels):
+    for row in sorted(rows, key=_by_labels):
         published = [p.dice for p in published_rows("LA", row["labels"]) if p.method == row["method"]]
         lines.append(_row(row) | {"published Dice": " / ".join(f"{p:.1f}" for p in published) or "-"})
     return markdown_table(lines) if lines else "Not measured yet."
@@ -55,10 +64,22 @@ def la_coarse() -> str:
     return _by_method(load("la_coarse"))
 
 
+def coarse_reflections() -> str:
+    """The coarse setting with the augmentation of the published scripts."""
+    return _by_method(load("reflections/la_coarse"))
+
+
+def augmentation() -> str:
+    """Mean Teacher in the coarse setting by what is done to its patches; the default's rows are those of the coarse table."""
+    rows = [row | {"name": row["config"]["augment"]} for row in (*load("augmentation"), *load("reflections/la_coarse"))]
+    rows += [row | {"name": "deform"} for row in load("la_coarse") if not row.get("name")]
+    return _by_method([row for row in rows if row["method"] == "mean-teacher" and row["labels"] in (1, 4, 8)])
+
+
 def semisam_weight() -> str:
     """The same for the variants of SemiSAM that its default weight was chosen from."""
     kinds = ("mean-teacher", "mean-teacher+semisam")
-    return _by_method([row for row in load("running/la_coarse") if row["method"] in kinds])
+    return _by_method([row for row in load("reflections/running/la_coarse") if row["method"] in kinds])
 
 
 def _by_method(rows: list[dict[str, Any]]) -> str:
@@ -95,7 +116,7 @@ def statistics() -> str:
     lines = []
     for folder, setting in SETTINGS.items():
         by_kind: dict[str, dict[object, dict[str, Any]]] = {"pool": {}, "running": {}}
-        for row in (*load(folder), *load(f"pool/{folder}"), *load(f"running/{folder}")):
+        for row in (row for kind in ("", "pool/", "running/") for row in load(f"reflections/{kind}{folder}")):
             by_kind[_statistics_of(row["config"])][_run(row)] = row
         for old in sorted(by_kind["running"].values(), key=_by_labels):
             if (new := by_kind["pool"].get(_run(old))) is not None:
@@ -376,6 +397,9 @@ def _number(value: float | None) -> str:
 TABLES = {
     "la-development": la_development,
     "la-coarse": la_coarse,
+    "la-reflections": la_reflections,
+    "coarse-reflections": coarse_reflections,
+    "augmentation": augmentation,
     "statistics": statistics,
     "semisam-weight": semisam_weight,
     "la-suggest": la_suggest,
