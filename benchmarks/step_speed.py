@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from common import provenance, save, step_code
+from common import processor, provenance, save, step_code
 from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.selftest import to_memory_format
@@ -94,6 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     patch = tuple(map(int, options.patch.split(",")))
     device = torch.device(options.device)
+    kind = "_bf16" if device.type == "cpu" and "bf16" in processor() else ""  # of processors, whose rows stand side by side
     for method in options.methods.split(","):
         times = {}
         for precision in options.precisions.split(","):
@@ -102,7 +103,7 @@ def main() -> None:
                 print(method, precision, layout, round(times[f"{precision}/{layout}"], 3), flush=True)
         base = times["fp32/contiguous"]
         save(
-            f"step_speed/{method}_{'x'.join(map(str, patch))}_{device.type}",
+            f"step_speed/{method}_{'x'.join(map(str, patch))}_{device.type}{kind}",
             {
                 "method": method,
                 "patch": patch,
