@@ -144,7 +144,7 @@ def test_pseudo_labels_are_cropped_and_turned_with_the_image(data: Path, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TunedTeacher, "probability", guess)
         patch.setattr(Loop, "_step", spy)
-        train(tiny_config(data, method="sfr", terms={"sfr": {"tune_iterations": 1}}), tmp_path / "run")
+        train(tiny_config(data, method="sfr", augment="all", terms={"sfr": {"tune_iterations": 1}}), tmp_path / "run")
     assert len(seen) == 6
     for rows in seen:
         torch.testing.assert_close(rows.fields["sfr/label"].bool(), rows.image[:, 0] > 0.3)

@@ -214,9 +214,12 @@ def test_files_of_both_kinds_give_the_same_answer(tmp_path: Path) -> None:
         model = SamMed3D.from_file(tmp_path / name, name="mine", device="cpu", spacing_mm=None)
         assert model.name == "mine"
         answers.append(model.segment(model.embed(volume, SPACING), [click((3, 4, 5))]).logits)
-    assert torch.equal(*answers)
+    # Not bit for bit: some processors round differently where the weights lie elsewhere in memory.
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
     direct = tiny(spacing_mm=None)
-    assert torch.equal(answers[0], direct.segment(direct.embed(volume, SPACING), [click((3, 4, 5))]).logits)
+    expected = direct.segment(direct.embed(volume, SPACING), [click((3, 4, 5))]).logits
+    torch.testing.assert_close(answers[0], expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.01
 
 
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_pretraining_mixes_two_patches(cases: int, batch: int) -> None:
     for i in range(cases):
         image = g.normal(size=(1, 12, 12, 12)).astype(np.float32)
         sources.append(Source(f"c{i}", image, (image[0] > 0).astype(np.uint8)))
-    sampler = PatchSampler(sources, [], (8, 8, 8), batch, 0, seed=0)
+    sampler = PatchSampler(sources, [], (8, 8, 8), batch, 0, seed=0, augment="reflections")
     batches = list(CopyPaste(sampler, 2 / 3, seed=1).batches(0, 3))
     assert len(batches) == 3
     again = list(CopyPaste(sampler, 2 / 3, seed=1).batches(2, 3))

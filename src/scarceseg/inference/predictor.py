@@ -67,8 +67,8 @@ class Predictor:
         network, self.plan, self.info = load_model(self.run)
         self.network = network.to(self.device)
         to_memory_format(self.network, self.info.memory_format)
-        x, y, _ = self.plan.patch
-        self.forward: nn.Module = MeanOverOrientations(self.network, self.info.augment, x == y) if tta else self.network
+        self.tta = tta
+        self._asked()  # a network that cannot be asked so is refused before any volume is read
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ class Predictor:
         try:
             probability = sliding_window(
                 volume.image,
-                self.forward,
+                self._asked(),
                 window,
                 mode="legacy" if self.legacy else "gaussian",
                 batch=self.batch,
@@ -142,6 +142,11 @@ class Predictor:
             RunError: the device has too little memory.
         """
         return self.predict_prepared(self.prepare(volume, geometry), progress)
+
+    def _asked(self) -> nn.Module:
+        """The network, or its mean over orientations."""
+        x, y, _ = self.plan.patch
+        return MeanOverOrientations(self.network, self.info.augment, x == y) if self.tta else self.network
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.info.precision == "bf16" and self.info.device == self.device.type:
