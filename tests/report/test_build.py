@@ -118,6 +118,7 @@ def test_what_was_asked_names_settings_that_differ_from_the_published_ones(tmp_p
     words = ("25% centred on a structure", "labelled and unlabelled rows by themselves", "augmentation none")
     plain = Page(build_report(run)).text
     assert not any(word in plain for word in words)
+    assert "augmentation small deformations and contrast" in plain
     config = Config.load(run / "config.yaml")
     changes = {"batch_norm": "split", "foreground": 0.25, "augment": "none"}
     (run / "config.yaml").write_text(config.model_copy(update=changes).dump())

@@ -26,7 +26,7 @@ from scarceseg.report.viewers import Viewer, planes_viewer, within_budget
 
 MOST_CASES = 6
 AUGMENTATION = {
-    "deform": "",
+    "deform": "small deformations and contrast",
     "all": "turns and flips",
     "reflections": "turns, always flipped, as published",
     "none": "none",
