@@ -94,7 +94,9 @@ def main() -> None:
     options = parser.parse_args()
     patch = tuple(map(int, options.patch.split(",")))
     device = torch.device(options.device)
-    kind = "_bf16" if device.type == "cpu" and "bf16" in processor() else ""  # of processors, whose rows stand side by side
+    kind = (
+        "_bf16" if device.type == "cpu" and "bf16" in processor() else ""
+    )  # of processors, whose rows stand side by side
     for method in options.methods.split(","):
         times = {}
         for precision in options.precisions.split(","):
