@@ -42,7 +42,7 @@ class SemiSamOptions(TermOptions):
             was resumed has none of them and may differ from an unbroken one by rounding.
     """
 
-    weight: float = Field(5.0, ge=0)
+    weight: float = Field(1.0, ge=0)
     ramp: RampName = "semisam-down"
     foundation: tuple[str, ...] = ()
     view: Literal["mosaic", "slices"] = "mosaic"
