@@ -94,9 +94,8 @@ def main() -> None:
     options = parser.parse_args()
     patch = tuple(map(int, options.patch.split(",")))
     device = torch.device(options.device)
-    kind = (
-        "_bf16" if device.type == "cpu" and "bf16" in processor() else ""
-    )  # of processors, whose rows stand side by side
+    # Rows of processors with and without bf16 instructions stand side by side.
+    kind = "_bf16" if device.type == "cpu" and "bf16" in processor() else ""
     for method in options.methods.split(","):
         times = {}
         for precision in options.precisions.split(","):

@@ -346,7 +346,7 @@ def foundation_cost() -> str:
 def tiny_sam_tuning() -> str:
     """Tuned `tiny-sam` beside the supervised V-Net with the same labelled volumes."""
     now = code_hash(TUNING)
-    vnet = {r["labels"]: r["dice"] for r in load("la_development") if r["method"] == "supervised"}
+    vnet = {r["labels"]: r["dice"] for r in load("reflections/la_development") if r["method"] == "supervised"}
     lines = []
     for row in sorted(load("tiny_sam_tuning"), key=lambda r: (r["labels"], r["settings"]["strategy"])):
         settings = row["settings"]

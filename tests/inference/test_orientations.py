@@ -14,7 +14,7 @@ from scarceseg.types import Augment
 
 
 class Spy(nn.Module):
-    """Keeps what it is shown; its answer depends on the place in the patch, so that a wrong turn back is seen."""
+    """Keeps what it is shown and answers with it, so that a wrong turn back is seen."""
 
     def __init__(self) -> None:
         super().__init__()
