@@ -60,7 +60,7 @@ def training_code(method: str) -> tuple[str, ...]:
     terms = [METHODS.get(name) for name in parse_method(method)]
     waiting = [*TRAINING, *(_file_of(kind.__module__) for kind in terms)]
     found: set[str] = set()
-    for model in {kind.foundation for kind in terms if kind.foundation}:
+    for model in {name for kind in terms for name in (kind.foundation, kind.foundation_of_one) if name}:
         file = model.replace("-", "_")
         waiting.append(f"foundation/{file}.py")
         found.add(f"foundation/weights_data/{file}.safetensors")

@@ -406,7 +406,14 @@ def test_tuning_changes_what_it_opens_and_nothing_else(name: str, strategy: Stra
 
 @pytest.mark.parametrize("name", TUNABLE)
 def test_it_says_whether_it_wants_volumes_or_patches(name: str) -> None:
-    assert model_of(name).sees in get_args(Sees)
+    model = model_of(name)
+    assert model.sees in get_args(Sees) and model.shown(model.sees) is model
+    for other in set(get_args(Sees)) - {model.sees}:
+        if name == "tiny-sam3d":
+            assert model.shown(other).sees == other and model.sees != other, "the first one stays as it is"
+        else:
+            with pytest.raises(ConfigError, match=f"{name} can only be tuned on a {model.sees} at a time"):
+                model.shown(other)
 
 
 SMALL_TUNABLE = [name for name in TUNABLE if name in SMALL]

@@ -18,4 +18,5 @@ def small_foundation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     save_tiny_sam(file, small_sam())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sfr, "foundation", str(file))
+        patch.setattr(Sfr, "foundation_of_one", str(file))
         yield

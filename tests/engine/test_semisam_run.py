@@ -34,6 +34,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     save_tiny_sam3d(folder / "sam3d.safetensors", small_net())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sfr, "foundation", str(folder / "sam.safetensors"))
+        patch.setattr(Sfr, "foundation_of_one", str(folder / "sam.safetensors"))
         patch.setattr(SemiSam, "foundation", str(folder / "sam3d.safetensors"))
         yield
 

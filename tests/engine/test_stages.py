@@ -14,10 +14,13 @@ from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, Interrupted
+from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
+from scarceseg.methods import fine_tuning as fine_tuning_module
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
 from scarceseg.methods.sfr import Sfr
 from tests.engine.test_run import lines, same
+from tests.foundation.small import small_net
 from tests.tiny import tiny_config, tiny_dataset
 
 pytestmark = pytest.mark.usefixtures("small_foundation")
@@ -148,6 +151,30 @@ def test_pseudo_labels_are_cropped_and_turned_with_the_image(data: Path, tmp_pat
     assert len(seen) == 6
     for rows in seen:
         torch.testing.assert_close(rows.fields["sfr/label"].bool(), rows.image[:, 0] > 0.3)
+
+
+@pytest.mark.parametrize(("view", "words"), [("auto", "patches"), ("patch", "patches"), ("volume", "whole volumes")])
+def test_a_volumetric_model_is_shown_patches_or_whole_volumes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: str, words: str
+) -> None:
+    """As the student sees them: curves of single slices are for models of slices."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a slice got a curve of its own")
+
+    monkeypatch.setattr(fine_tuning_module, "CurvedSlices", refuse)
+    file = tmp_path / "sam3d.safetensors"
+    save_tiny_sam3d(file, small_net())
+    terms = {"sfr": {"tune_iterations": 1, "view": view, "foundation": str(file)}}
+    train(tiny_config(data, method="sfr", terms=terms, iterations=1), tmp_path / "run")
+    table = json.loads((tmp_path / "run" / "stages" / "sfr-label" / "confidence.json").read_text())
+    assert (table["view"], table["foundation"]) == (words, str(file))
+
+
+def test_a_model_of_one_view_is_not_shown_another(data: Path, tmp_path: Path) -> None:
+    terms = {"sfr": {"tune_iterations": 1, "view": "patch"}}
+    with pytest.raises(ConfigError, match="can only be tuned on a volume at a time, got 'patch'"):
+        train(tiny_config(data, method="sfr", terms=terms, iterations=1), tmp_path / "run")
 
 
 def test_sfr_plus_gives_sure_volumes_to_the_tuning_and_takes_their_labels_away(

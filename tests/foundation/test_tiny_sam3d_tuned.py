@@ -29,7 +29,7 @@ SIZE = (19, 17, 14)
 
 def opened(strategy: Strategy = "lora", channels: int = 1, classes: int = 2, **options: Any) -> TunedTinySam3D:
     torch.manual_seed(4)
-    model = TinySam3DModel(small_net(), **{"tuned_longest": 32, **options})
+    model = TinySam3DModel(small_net(), **{"tuned_longest": 32, "placed": True, **options})
     return model.tunable(channels, classes, Tuning(strategy, 2), SIZE)
 
 
@@ -256,17 +256,22 @@ def test_wrong_input_is_refused_in_one_line() -> None:
 # The model
 
 
-def test_it_wants_whole_volumes_as_long_as_the_place_counts() -> None:
-    assert TinySam3DModel(small_net()).sees == "volume"
-    assert TinySam3DModel(small_net(), placed=False).sees == "patch"
+def test_it_takes_patches_or_whole_volumes_with_their_places() -> None:
+    model = TinySam3DModel(small_net())
+    whole = model.shown("volume")
+    assert (model.sees, model.placed) == ("patch", False) and (whole.sees, whole.placed) == ("volume", True)
+    assert whole.shown("volume") is whole and whole.shown("patch").sees == "patch"
+    assert TinySam3DModel(small_net(), placed=True).sees == "volume"
+    heads = [view.tunable(1, 2, Tuning(), SIZE).network.head for view in (model, whole)]
+    assert [head.placed for head in heads if isinstance(head, ClassHead)] == [False, True]
 
 
 def test_a_file_is_read_with_all_options(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_tiny_sam3d(path, small_net())
-    model = load_foundation(path, tuned_longest=48, placed=False, longest=32)
+    model = load_foundation(path, tuned_longest=48, placed=True, longest=32)
     assert isinstance(model, TinySam3DModel)
-    assert (model.tuned_longest, model.placed, model.longest) == (48, False, 32)
+    assert (model.tuned_longest, model.placed, model.longest) == (48, True, 32)
     torch.manual_seed(0)
     tuned = model.tunable(1, 2, Tuning("decoder"), SIZE)
     kept = read_tiny_sam3d(path).state_dict()

@@ -29,7 +29,7 @@ from scarceseg.errors import RunError
 from scarceseg.foundation.load import check_foundation
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms
-from scarceseg.methods.models import foundation_models
+from scarceseg.methods.models import foundation_models, settle_foundations
 from scarceseg.networks.base import build_network, divisor_of
 from scarceseg.report import build_report
 
@@ -64,9 +64,9 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     """
     folder = Path(out)
     method_terms = build_terms(config.method, config.terms, classes=2)  # names and options are checked before any work
-    config = _with_foundation(config, method_terms)
     meet(uses_cuda(config))
     dataset, split = first_alone(lambda: _data(config))
+    config = settle_foundations(config, len(split.labelled))
     divisor = divisor_of(config.network.name, config.network.args)
     if not (resume and (folder / "config.yaml").exists()):  # a run that goes on may be past the stages that need them
         for name in {name for names in foundation_models(config).values() for name in names}:
@@ -103,13 +103,6 @@ def _prepared(split: Split, plan: Plan, cache: Path | None) -> dict[str, Prepare
         return prepare_cases(
             split.labelled, split.unlabelled, plan, cache, lambda done, _, name: display.update(done, note=name)
         )
-
-
-def _with_foundation(config: Config, terms: dict[str, Term]) -> Config:
-    """The config with the foundation model written out when none is named and its terms would all use the same."""
-    own = {term.foundation for term in terms.values() if term.foundation}
-    named = config.foundation or (next(iter(own)) if len(own) == 1 else None)
-    return config.model_copy(update={"foundation": named})
 
 
 def _useless(config: Config, terms: dict[str, Term]) -> list[str]:

@@ -82,7 +82,8 @@ class Workspace:
         Raises:
             ConfigError: there is none.
         """
-        name = self.config.foundation or term.foundation
+        own = getattr(term.options, "foundation", None)
+        name = own if isinstance(own, str) else self.config.foundation or term.foundation
         if name is None:
             raise ConfigError(f"{term.name!r} needs a foundation model: name one with --foundation")
         return name

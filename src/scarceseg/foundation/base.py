@@ -20,6 +20,7 @@ from scarceseg.types import ImageBatch, Logits, Prompt
 
 PromptKind = Literal["point", "box", "mask"]
 Strategy = Literal["lora", "decoder", "adapter"]
+Sees = Literal["volume", "patch"]
 Spacing = tuple[float, float, float]
 
 
@@ -183,10 +184,26 @@ class Tunable(ABC):
         name: as registered, for messages and results.
         sees: what its networks want to be shown. ``volume``: whole volumes in a fixed frame, without turns or flips, because the
             place in the volume tells the model much. ``patch``: patches of the size given to `tunable`.
+        slices: whether its networks look at slices, each of which may get an intensity curve of its own (SFR), or at volumes.
+        usual_rank, usual_lr: of the tuning when the user says nothing: the rank of `Tuning`, and the learning rate of AdamW. 4
+            and 0.001 are SFR's for SAM.
     """
 
     name: str
-    sees: Literal["volume", "patch"] = "patch"
+    sees: Sees = "patch"
+    slices: bool = True
+    usual_rank: int = 4
+    usual_lr: float = 1e-3
+
+    def shown(self, sees: Sees) -> Tunable:
+        """The same model for networks that are shown whole volumes, or patches.
+
+        Raises:
+            ConfigError: it takes only the other.
+        """
+        if sees != self.sees:
+            raise ConfigError(f"{self.name} can only be tuned on a {self.sees} at a time, got {sees!r}: take 'auto'")
+        return self
 
     @abstractmethod
     def tunable(self, channels: int, classes: int, tuning: Tuning, size: tuple[int, int, int]) -> TunedModel:

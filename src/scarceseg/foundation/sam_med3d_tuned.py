@@ -118,6 +118,7 @@ class SamMed3DModel(SamMed3D, Tunable):
     """`SamMed3D` that can be tuned as well, on patches."""
 
     sees = "patch"
+    slices = False
 
     def tunable(self, channels: int, classes: int, tuning: Tuning, size: tuple[int, int, int]) -> TunedSamMed3D:
         """A copy opened for K classes; patches need not have `size`, and up to `img_size` (128) voxels a side none is lost.

@@ -42,6 +42,8 @@ class TinySam(Tunable):
     """
 
     sees = "volume"
+    usual_rank = 16
+    usual_lr = 4e-3
 
     def __init__(self, sam: SamModel, name: str = KIND, augment: bool = False) -> None:
         side = image_size_of(sam)

@@ -17,7 +17,7 @@ from torch import nn
 
 from scarceseg.errors import ConfigError
 from scarceseg.foundation.adapters import BottleneckAdapter
-from scarceseg.foundation.base import Tunable, Tuning
+from scarceseg.foundation.base import Sees, Tunable, Tuning
 from scarceseg.foundation.tiny_sam3d import Grid, TinySam3D, _z_score, resample_whole
 from scarceseg.foundation.tiny_sam3d_net import (
     MULTIPLE,
@@ -219,22 +219,33 @@ class TinySam3DModel(TinySam3D, Tunable):
         network: with its weights; it is frozen.
         tuned_longest: voxels of the longest side of the grid on which tuned copies see a volume, fewer than for prompts because
             training passes through the network hundreds of times; 64 instead of 112 leave a fifth of the voxels.
-        placed: tuned copies know where in the volume they look, and want whole volumes. Switch it off for volumes whose frame
-            says nothing about what is where, or to tune on patches.
+        placed: tuned copies want whole volumes and know where in them they look, instead of patches (see `shown`).
         options: of `TinySam3D`.
 
     Raises:
         ConfigError: an impossible option.
     """
 
+    slices = False
+    usual_rank = 16
+    usual_lr = 6e-3
+
     def __init__(
-        self, network: TinySam3DNet, *, tuned_longest: int = TUNED_LONGEST, placed: bool = True, **options: Any
+        self, network: TinySam3DNet, *, tuned_longest: int = TUNED_LONGEST, placed: bool = False, **options: Any
     ) -> None:
         if tuned_longest < MULTIPLE:
             raise ConfigError(f"expected tuned_longest >= {MULTIPLE}, got {tuned_longest}")
         super().__init__(network, **options)
         self.tuned_longest, self.placed = tuned_longest, placed
-        self.sees = "volume" if placed else "patch"
+        self.sees: Sees = "volume" if placed else "patch"
+
+    def shown(self, sees: Sees) -> TinySam3DModel:
+        """The same weights for whole volumes, with their places, or for patches."""
+        if sees == self.sees:
+            return self
+        other = copy.copy(self)
+        other.sees, other.placed = sees, sees == "volume"
+        return other
 
     def tunable(self, channels: int, classes: int, tuning: Tuning, size: tuple[int, int, int]) -> TunedTinySam3D:
         """A copy opened for K classes; volumes or patches need not have `size`.

@@ -70,6 +70,8 @@ class Term(nn.Module):
             student does not see those rows unless another term of the sum wants their output.
         shares_features: ask for ``step.encoded`` and ``step.decoded``.
         foundation: the foundation model it works with when the run names none; None for a term that needs no such model.
+        foundation_of_one: the one it takes then with a single labelled volume, when that is another; a term that has one also
+            has the option ``foundation``.
     """
 
     Options: ClassVar[type[TermOptions]] = TermOptions
@@ -77,6 +79,7 @@ class Term(nn.Module):
     predicts_unlabelled: ClassVar[bool] = True
     shares_features: ClassVar[bool] = False
     foundation: ClassVar[str | None] = None
+    foundation_of_one: ClassVar[str | None] = None
     name: str = ""
 
     def __init__(self, options: TermOptions, classes: int) -> None:

@@ -35,15 +35,19 @@ class TuningOptions(PseudoLabelOptions):
     """Options of terms that tune a foundation model.
 
     Attributes:
-        strategy, rank: see `scarceseg.foundation.base.Tuning`.
+        foundation: model that this term tunes; None takes the run's.
+        strategy, rank: see `scarceseg.foundation.base.Tuning`; a rank of None is the model's usual one.
+        view: whether the model is shown whole volumes or patches; "auto" is what it wants. Only `tiny-sam3d` takes both.
         tune_iterations: None is the run's iterations for a model that sees patches (6000 as published), 300 for one that sees
             whole volumes.
-        tune_lr, tune_weight_decay, tune_power: AdamW with a poly schedule. The published values.
+        tune_lr, tune_weight_decay, tune_power: AdamW with a poly schedule. The published values; a rate of None is the model's
+            usual one, which for SAM is the published one.
         tune_warmup, tune_clip: of the learning rate, iterations, and the gradient's norm. (ours)
         tune_rows: volumes or patches in a batch; 2 as published.
         axes: volume axes along which slices are cut; one network is tuned for each, and their probabilities are averaged.
             SFR has (2,).
-        augment: intensity curves per slice on patches, bends and contrast on whole volumes; 0 is off, 1 as described there.
+        augment: intensity curves per slice on patches for models of slices, bends and contrast on whole volumes; 0 is off, 1
+            as described there. Patches are augmented as the student's are, whatever stands here.
         learn_from: another term of the sum, such as atlas: its guesses for the unlabelled volumes are learnt too, in every
             batch as many rows of them as reference ones. (ours)
         tuned_in: folder of another run whose tuned model is taken, instead of tuning it again: of a run that differs in its other
@@ -52,10 +56,12 @@ class TuningOptions(PseudoLabelOptions):
             authors' script does.
     """
 
+    foundation: str | None = None
     strategy: Strategy = "lora"
-    rank: int = Field(4, ge=1)
+    rank: int | None = Field(None, ge=1)
+    view: Literal["auto", "volume", "patch"] = "auto"
     tune_iterations: int | None = Field(None, ge=1)
-    tune_lr: float = Field(1e-3, gt=0)
+    tune_lr: float | None = Field(None, gt=0)
     tune_weight_decay: float = Field(0.1, ge=0)
     tune_power: float = 0.9
     tune_warmup: int = Field(20, ge=0)
@@ -110,6 +116,8 @@ class TunedTeacher:
                 f"the foundation model {name!r} answers prompts but cannot be tuned: "
                 "choose one that can (scarceseg foundations list)"
             )
+        if options.view != "auto":
+            model = model.shown(options.view)
         self.work, self.options, self.model = work, options, model
         self.whole = model.sees == "volume"
         self.networks = [self._open(axis) for axis in options.axes]
@@ -127,7 +135,7 @@ class TunedTeacher:
             tuned = self.model.tunable(
                 len(self.work.plan.channels),
                 self.work.classes,
-                Tuning(self.options.strategy, self.options.rank),
+                Tuning(self.options.strategy, self.options.rank or self.model.usual_rank),
                 (size[0], size[1], size[2]),
             )
         return (AlongAxis(tuned, axis) if axis != 2 else tuned).to(self.work.fabric.device)
@@ -149,7 +157,7 @@ class TunedTeacher:
         options = self.options
         optim = OptimConfig(
             name="adamw",
-            lr=options.tune_lr,
+            lr=options.tune_lr or self.model.usual_lr,
             weight_decay=options.tune_weight_decay,
             schedule="poly",
             power=options.tune_power,
@@ -210,7 +218,7 @@ class TunedTeacher:
         if self.whole:
             return WholeVolumes(sources, self.common_size(), rows, seed, self.options.augment)
         patches = PatchSampler(sources, [], self.work.plan.patch, rows, 0, seed, augment=self.work.config.augment)
-        return CurvedSlices(patches, seed) if self.options.augment else patches
+        return CurvedSlices(patches, seed) if self.options.augment and self.model.slices else patches
 
     def probability(self, case: PreparedCase) -> NDArray[np.float32]:
         """Class probabilities of one volume ``[K, X, Y, Z]``: mean over the networks and, of patches, over overlapping ones."""

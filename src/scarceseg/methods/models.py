@@ -18,8 +18,33 @@ def foundation_models(config: Config) -> dict[str, tuple[str, ...]]:
         default = METHODS.get(name).foundation
         if default is not None:
             own = config.terms.get(name, {}).get("foundation")
+            own = (own,) if isinstance(own, str) else own
             found[name] = tuple(own) if own else (config.foundation or default,)
     return found
+
+
+def settle_foundations(config: Config, labelled: int) -> Config:
+    """The config with the models written out that its terms take because none is named.
+
+    Args:
+        config: of a known method.
+        labelled: number of labelled volumes, see `Term.foundation_of_one`.
+    """
+    kinds = {name: METHODS.get(name) for name in parse_method(config.method)}
+    usual = {
+        name: (kind.foundation_of_one if labelled == 1 else None) or kind.foundation
+        for name, kind in kinds.items()
+        if kind.foundation is not None
+    }
+    if config.foundation is not None or not usual:
+        return config
+    if len(set(usual.values())) == 1:
+        return config.model_copy(update={"foundation": next(iter(usual.values()))})
+    terms = dict(config.terms)
+    for name, model in usual.items():
+        if kinds[name].foundation_of_one is not None:
+            terms[name] = {"foundation": model} | terms.get(name, {})
+    return config.model_copy(update={"terms": terms})
 
 
 def foundation_words(config: Config) -> str:

@@ -33,14 +33,16 @@ class Sfr(PseudoLabelTerm):
     """Stitching, fine-tuning, re-training (Li et al., IEEE TMI 2025, sec. III): ``0.5 (CE + Dice)`` on labels of a tuned SAM.
 
     The foundation model sees each labelled volume as a mosaic of its slices, is tuned on it (stage `tune`), labels the
-    unlabelled volumes (stage `label`), and is not needed afterwards. A volumetric model takes SAM's place without a mosaic.
+    unlabelled volumes (stage `label`), and is not needed afterwards. A volumetric model takes SAM's place without a mosaic;
+    where none is named, `tiny-sam` does it with a single labelled volume and `tiny-sam3d` with more.
 
     Differs from the authors' code: a volume is labelled once, as a whole or in overlapping mosaics with averaged probabilities,
     and its label is cropped with the image; there, the tuned model runs on every training crop, which ``labels: crop`` does too.
     """
 
     Options: ClassVar[type[TermOptions]] = SfrOptions
-    foundation = "tiny-sam"
+    foundation = "tiny-sam3d"
+    foundation_of_one = "tiny-sam"
     options: SfrOptions
 
     def stages(self) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scarceseg.engine.workspace import Workspace
 
 TUNERS = ("sfr", "sfr+")
-SETTINGS = ("strategy", "rank", "axes", "augment", "learn_from")
+SETTINGS = ("strategy", "rank", "view", "axes", "augment", "learn_from")
 """Options the tuned weights depend on, beside those that begin with ``tune_``."""
 PLAN = ("dataset", "spacing_mm", "channels", "classes", "normalisation")
 

@@ -16,7 +16,7 @@ def build_tiny_sam3d(
     channel: int | None = None,
     reach: float = 1.2,
     tuned_longest: int = 64,
-    placed: bool = True,
+    placed: bool = False,
 ) -> FoundationModel:
     """The packaged weights, or those of another file of the same kind."""
     from scarceseg.foundation.tiny_sam3d_tuned import TinySam3DModel
