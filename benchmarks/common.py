@@ -32,11 +32,7 @@ FOLLOWED = (
     "engine/ema.py",
 )
 
-# What tuning tiny-sam on mosaics depends on, and what clicks on tiny-sam3d do: the weights are part of it.
-TUNING = (
-    *(f"foundation/{name}.py" for name in ("tiny_sam", "sam_tuned", "lora", "stitching", "sam")),
-    "foundation/weights_data/tiny_sam.safetensors",
-)
+# What clicks on tiny-sam3d do depends on: the weights are part of it.
 CLICKS = (
     *(f"foundation/{name}.py" for name in ("clicks", "tiny_sam3d", "tiny_sam3d_net")),
     "foundation/weights_data/tiny_sam3d.safetensors",

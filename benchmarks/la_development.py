@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     add_options(parser, methods="supervised,mean-teacher,ua-mt", labels="1,4,8,16", iterations=None)
     parser.add_argument("--coarse", action="store_true", help="the quick setting")
+    parser.add_argument("--table", help="folder of results/ that the rows go to; otherwise that of the setting")
     options = parser.parse_args()
 
     def configure(method: str, labels: int) -> Config:
@@ -57,7 +58,8 @@ def main() -> None:
         tuned = tuned_by(options, method, labels)
         return Config.build(merge(merge(values, tuned), read_assignments(options.set)))
 
-    run_table("la_coarse" if options.coarse else "la_development", options, configure, NATIVE_MM)
+    table = options.table or ("la_coarse" if options.coarse else "la_development")
+    run_table(table, options, configure, NATIVE_MM)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import CLICKS, INFERENCE, PIPELINE, RESULTS, ROOT, TUNING, code_hash, direct_code, step_code, training_code
+from common import CLICKS, INFERENCE, PIPELINE, RESULTS, ROOT, code_hash, direct_code, step_code, training_code
 from scarceseg.evaluation.tables import markdown_table, published_rows
 from step_profile import KINDS, REST
 
@@ -343,22 +343,19 @@ def foundation_cost() -> str:
     return markdown_table(lines) if lines else "Not measured yet."
 
 
-def tiny_sam_tuning() -> str:
-    """Tuned `tiny-sam` beside the supervised V-Net with the same labelled volumes."""
-    now = code_hash(TUNING)
-    vnet = {r["labels"]: r["dice"] for r in load("reflections/la_development") if r["method"] == "supervised"}
+def sfr_tuning() -> str:
+    """What the labels of differently tuned foundation models are worth, and the students of them."""
     lines = []
-    for row in sorted(load("tiny_sam_tuning"), key=lambda r: (r["labels"], r["settings"]["strategy"])):
-        settings = row["settings"]
+    for row in sorted(load("sfr_tuning"), key=lambda r: (r["labels"], r["dice"])):
+        label = row["pseudo_labels"]["sfr-label"]["dice"]
         lines.append(
             {
                 "labels": row["labels"],
-                "tuning": f"{settings['strategy']}, {settings['iterations']} steps",
-                "Dice [%]": f"{100 * row['mean']['dice']:.1f}" + ("" if row["code"] == now else f" {STALE}"),
-                "HD95 [mm]": _number(row["mean"]["hd95"]),
-                "ASD [mm]": _number(row["mean"]["asd"]),
-                "minutes": f"{row['minutes']:.0f}",
-                "supervised V-Net": f"{100 * vnet[row['labels']]:.1f}" if row["labels"] in vnet else "-",
+                "tuning": row["name"],
+                "label Dice, the pool [%]": f"{100 * label:.1f}{_mark(row)}",
+                "student Dice [%]": f"{100 * row['dice']:.1f}",
+                "HD95 [mm]": _number(row["hd95_mm"]),
+                "minutes of tuning": f"{row['stage_minutes']['sfr-tune']:.1f}",
             }
         )
     return markdown_table(lines) if lines else "Not measured yet."
@@ -411,7 +408,7 @@ TABLES = {
     "speed": speed,
     "foundation-clicks": foundation_clicks,
     "foundation-cost": foundation_cost,
-    "tiny-sam-tuning": tiny_sam_tuning,
+    "sfr-tuning": sfr_tuning,
 }
 
 

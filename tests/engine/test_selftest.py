@@ -8,6 +8,7 @@ import torch
 from scarceseg.engine import selftest
 from scarceseg.engine.selftest import choose
 from scarceseg.errors import ConfigError
+from scarceseg.foundation.volume_tuning import LowRank, add_lora
 from scarceseg.networks import build_network
 
 
@@ -83,6 +84,30 @@ def test_a_right_gradient_passes_and_a_wrong_one_does_not(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.nn.Conv3d, "forward", broken)
     assert selftest._gradient_error(layer, size, cpu) == float("inf")
+
+
+def test_a_layer_with_lora_is_judged_by_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, size, cpu = torch.nn.Conv3d(8, 8, 3, padding=1), torch.Size((1, 8, 6, 6, 6)), torch.device("cpu")
+    low_rank = LowRank(layer.weight, 2, torch.Generator().manual_seed(0))
+    add_lora(layer, low_rank)
+    assert selftest._gradient_error(layer, size, cpu) < 0.02
+    forward = LowRank.forward
+
+    def broken(self: LowRank, weight: torch.Tensor) -> torch.Tensor:
+        found = forward(self, weight)
+        return found + weight if torch.is_autocast_enabled("cpu") else found  # the gradient doubles
+
+    monkeypatch.setattr(LowRank, "forward", broken)
+    assert selftest._gradient_error(layer, size, cpu) > 0.5
+
+
+def test_a_network_without_volumes_is_not_even_asked() -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked")
+
+    network = torch.nn.Conv2d(1, 2, 3)
+    network.register_forward_pre_hook(refuse)
+    assert selftest.broken_in_bf16(network, 1, (8, 8, 8), torch.device("cpu")) is None
 
 
 def test_this_machine_s_own_kernels_are_right_in_the_chosen_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from scarceseg.engine import selftest as selftest_module
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, Interrupted
 from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
+from scarceseg.foundation.tiny_sam3d_tuned import TunedTinySam3D
 from scarceseg.methods import fine_tuning as fine_tuning_module
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
@@ -169,6 +171,28 @@ def test_a_volumetric_model_is_shown_patches_or_whole_volumes(
     train(tiny_config(data, method="sfr", terms=terms, iterations=1), tmp_path / "run")
     table = json.loads((tmp_path / "run" / "stages" / "sfr-label" / "confidence.json").read_text())
     assert (table["view"], table["foundation"]) == (words, str(file))
+
+
+@pytest.mark.parametrize(("precision", "broken", "computed"), [("bf16", True, "fp32"), ("bf16", False, "bf16")])
+def test_a_model_that_bf16_would_spoil_is_tuned_in_float32(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, broken: bool, computed: str
+) -> None:
+    monkeypatch.setattr(selftest_module, "broken_in_bf16", lambda *_: None)  # of the student
+    monkeypatch.setattr(fine_tuning_module, "broken_in_bf16", lambda *_: [2, 2, 2] if broken else None)
+    types = []
+    forward = TunedTinySam3D.forward
+
+    def spy(self: TunedTinySam3D, image: torch.Tensor) -> torch.Tensor:
+        types.append("bf16" if torch.is_autocast_enabled("cpu") else "fp32")
+        return forward(self, image)
+
+    monkeypatch.setattr(TunedTinySam3D, "forward", spy)
+    file = tmp_path / "sam3d.safetensors"
+    save_tiny_sam3d(file, small_net())
+    terms = {"sfr": {"tune_iterations": 1, "foundation": str(file)}}
+    config = tiny_config(data, method="sfr", terms=terms, iterations=1, precision=precision)
+    train(config, tmp_path / "run")
+    assert set(types) == {computed}
 
 
 def test_a_model_of_one_view_is_not_shown_another(data: Path, tmp_path: Path) -> None:

@@ -176,6 +176,7 @@ def _train_stage(
             unlabelled=[cases[c.name] for c in split.unlabelled],
             fabric=fabric,
             memory_format=memory_format,
+            precision=precision,
             log=log,
             stop=stop,
             warnings=warnings,

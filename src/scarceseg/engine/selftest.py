@@ -83,7 +83,7 @@ def broken_in_bf16(network: nn.Module, channels: int, patch: Sequence[int], devi
     Each kind of convolution is compared with float32 on the sizes it has in a patch; large ones are not, as it would take long.
 
     Args:
-        network: is not changed.
+        network: is not changed; None at once for one without 3D convolutions.
         channels, patch: of its input.
         device: where it will run.
     """
@@ -96,7 +96,9 @@ def broken_in_bf16(network: nn.Module, channels: int, patch: Sequence[int], devi
             kind = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups > 1, size[2:])
             seen.setdefault(kind, (layer, size))
 
-    model = copy.deepcopy(network).to(device).eval()
+    if not any(isinstance(module, nn.Conv3d) for module in network.modules()):
+        return None
+    model = copy.deepcopy(network).to(device).eval().requires_grad_(True)
     hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Conv3d)]
     with torch.no_grad():
         model(torch.randn(1, channels, *patch, device=device))
@@ -107,20 +109,21 @@ def broken_in_bf16(network: nn.Module, channels: int, patch: Sequence[int], devi
 
 
 def _gradient_error(layer: nn.Conv3d, size: torch.Size, device: torch.device) -> float:
-    """Largest error of the weights' gradient in bf16, as a share of the largest value; infinite when it is not finite."""
+    """Largest error of the weights' gradient in bf16, as a share of the largest value; infinite when it is not finite.
+
+    Of a layer whose weight is put together (LoRA) these are the gradients of its parts.
+    """
     x = torch.randn(2, *size[1:], device=device)
-    gradients: list[torch.Tensor] = []
+    weights = [weight for name, weight in layer.named_parameters() if not name.endswith("bias")]
+    found: list[tuple[torch.Tensor, ...]] = []
     for enabled in (False, True):
-        layer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             out = layer(x)
-        if not gradients:
+        if not found:
             sent = torch.randn_like(out)
-        out.float().backward(sent)
-        assert layer.weight.grad is not None
-        gradients.append(layer.weight.grad)
-    error = float((gradients[1] - gradients[0]).abs().max() / gradients[0].abs().max().clamp_min(1e-12))
-    return error if math.isfinite(error) else math.inf
+        found.append(torch.autograd.grad(out.float(), weights, sent))
+    errors = [float((b - a).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in zip(*found, strict=True)]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def choose(

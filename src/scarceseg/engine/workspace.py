@@ -43,6 +43,7 @@ class Workspace:
         labelled, unlabelled: prepared cases; `label` of the second is None.
         fabric: device, precision, processes.
         memory_format: of networks like the student.
+        precision: "bf16" or "fp32".
         log: where stages write their numbers.
         stop: asks whether the user wants to stop.
         warnings: a stage may add to them.
@@ -58,6 +59,7 @@ class Workspace:
     memory_format: str
     log: RunLog
     stop: Callable[[], bool]
+    precision: str = "fp32"
     warnings: list[str] = field(default_factory=list)
     cache: Path | None = None
     _models: dict[str, Promptable | Tunable] = field(default_factory=dict, repr=False)

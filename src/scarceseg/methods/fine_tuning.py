@@ -17,6 +17,7 @@ from scarceseg.config import OptimConfig
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.data.whole import CurvedSlices, Sampler, SideBySide, WholeVolumes
 from scarceseg.engine.checkpoint import write_atomic
+from scarceseg.engine.selftest import broken_in_bf16
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.foundation.base import Strategy, Tunable, TunedModel, Tuning, freeze
 from scarceseg.methods.base import build_terms
@@ -100,6 +101,32 @@ class AlongAxis(TunedModel):
         self.inner.load_tuned_state(state)
 
 
+class InFloat32(TunedModel):
+    """A tuned model that does not compute in bf16, although the run does.
+
+    Args:
+        inner: what is tuned.
+    """
+
+    def __init__(self, inner: TunedModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image: ImageBatch) -> Logits:
+        """Logits of the inner model."""
+        with torch.autocast(image.device.type, enabled=False):
+            logits: Logits = self.inner(image.float())
+        return logits
+
+    def tuned_state(self) -> dict[str, torch.Tensor]:
+        """See `TunedModel.tuned_state`."""
+        return self.inner.tuned_state()
+
+    def load_tuned_state(self, state: dict[str, torch.Tensor]) -> None:
+        """See `TunedModel.load_tuned_state`."""
+        self.inner.load_tuned_state(state)
+
+
 class TunedTeacher:
     """The foundation model tuned for a run: one network for each axis its slices are cut along.
 
@@ -138,7 +165,16 @@ class TunedTeacher:
                 Tuning(self.options.strategy, self.options.rank or self.model.usual_rank),
                 (size[0], size[1], size[2]),
             )
+            if self._needs_float32(tuned, (size[0], size[1], size[2])):
+                tuned = InFloat32(tuned)
         return (AlongAxis(tuned, axis) if axis != 2 else tuned).to(self.work.fabric.device)
+
+    def _needs_float32(self, network: TunedModel, size: tuple[int, int, int]) -> bool:
+        """Whether bf16, which is right for the student, gives this network wrong gradients on this processor."""
+        device = self.work.fabric.device
+        if self.work.precision != "bf16" or device.type != "cpu":
+            return False
+        return broken_in_bf16(network, len(self.work.plan.channels), size, device) is not None
 
     def common_size(self) -> tuple[int, int, int]:
         """Median size of the labelled volumes, voxels."""
