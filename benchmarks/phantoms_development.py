@@ -3,8 +3,8 @@
     python benchmarks/phantoms_development.py RUNS [--methods supervised,mean-teacher,...] [--labels 1,4]
 
 24 phantoms of 40x40x32 voxels train (the first N labelled), 8 others validate; V-Net-8, patch 32x32x32, 300 iterations of AdamW
-(0.003, poly), half of the labelled patches on foreground, last checkpoint. `tiny-sam` is tuned for 100 steps. The volumes are
-made under RUNS from one seed.
+(0.003, poly), half of the labelled patches on foreground, last checkpoint. With one label sfr's model is tuned for 100 steps. The
+volumes are made under RUNS from one seed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
             "plan": {"patch": [32, 32, 32]},
             "optim": {"name": "adamw", "lr": 0.003, "schedule": "poly"},
             "foreground": 0.5,
-            "terms": {"sfr": {"tune_iterations": 100}} if "sfr" in method.split("+") else {},
+            "terms": {"sfr": {"tune_iterations": 100}} if labels == 1 and "sfr" in method.split("+") else {},
             "iterations": options.iterations,
             "seed": options.seed,
         }
