@@ -76,6 +76,12 @@ def augmentation() -> str:
     return _by_method([row for row in rows if row["method"] == "mean-teacher" and row["labels"] in (1, 4, 8)])
 
 
+def batch_norm() -> str:
+    """Networks trained with other normalisations of labelled and unlabelled rows, beside those of the coarse table."""
+    base = [r for r in load("la_coarse") if r["method"] in ("supervised", "mean-teacher") and not r.get("name")]
+    return _by_method([*base, *load("batch_norm")])
+
+
 def semisam_weight() -> str:
     """The same for the variants of SemiSAM that its default weight was chosen from."""
     kinds = ("mean-teacher", "mean-teacher+semisam")
@@ -397,6 +403,7 @@ TABLES = {
     "la-reflections": la_reflections,
     "coarse-reflections": coarse_reflections,
     "augmentation": augmentation,
+    "batch-norm": batch_norm,
     "statistics": statistics,
     "semisam-weight": semisam_weight,
     "la-suggest": la_suggest,
