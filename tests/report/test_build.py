@@ -15,6 +15,7 @@ import pytest
 from scarceseg.config import Config
 from scarceseg.data.phantoms import PhantomConfig, write_phantom_dataset
 from scarceseg.errors import RunError
+from scarceseg.methods.models import settle_foundations
 from scarceseg.report import build_demo_report, build_report, viewers
 from tests.report.fake_run import evaluation, figure, make_run
 
@@ -143,7 +144,7 @@ def test_the_foundation_models_are_named(method: str, settings: dict[str, Any], 
     run = make_run(tmp_path / "run")
     config = Config.load(run / "config.yaml")
     values = config.model_dump(mode="json") | {"method": method, "terms": {}, "foundation": None} | settings
-    (run / "config.yaml").write_text(Config.build(values).dump())
+    (run / "config.yaml").write_text(settle_foundations(Config.build(values), 1).dump())  # as a run keeps it
     assert words in Page(build_report(run)).text
 
 
