@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from scarceseg.data.augment import bend, contrast, curve_slices, intensity_curve
@@ -79,6 +80,19 @@ def test_side_by_side_gives_rows_of_each_source() -> None:
     many = WholeVolumes([source(f"m{i}", (8, 8, 8), i) for i in range(5)], (8, 8, 8), 1, seed=1)
     for labelled, unlabelled in SideBySide([few, many]).batches(0, 5):
         assert labelled.case[0] == "a" and labelled.case[1].startswith("m") and unlabelled is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_curves_belong_to_slices_along_the_axis(axis: int) -> None:
+    """A slice of one grey value has no range to bend; along another axis the same volume changes."""
+    grey = np.arange(8, dtype=np.float32).reshape([-1 if other == axis else 1 for other in range(3)])
+    volume = np.ascontiguousarray(np.broadcast_to(grey, (1, 8, 8, 8)))
+    plain = PatchSampler(
+        [Source("a", volume, np.zeros((8, 8, 8), np.uint8))], [], (8, 8, 8), 1, 0, seed=0, augment="none"
+    )
+    image = plain.batch(0)[0].image
+    for other in range(3):
+        assert torch.equal(CurvedSlices(plain, seed=0, axis=other).batch(0)[0].image, image) == (other == axis)
 
 
 def test_curved_slices_leave_the_labels_alone() -> None:

@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+from scarceseg.data.whole import CurvedSlices
 from scarceseg.engine import selftest as selftest_module
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, Interrupted
 from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
-from scarceseg.foundation.tiny_sam3d_tuned import TunedTinySam3D
+from scarceseg.foundation.tiny_sam3d_tuned import TinySam3DModel, TunedTinySam3D
+from scarceseg.functional.pseudo import pseudo_label_loss, soft_label_loss
 from scarceseg.methods import fine_tuning as fine_tuning_module
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
-from scarceseg.methods.sfr import Sfr
+from scarceseg.methods.sfr import Sfr, SfrOptions
+from scarceseg.methods.sfr_plus import SfrPlus, SfrPlusOptions
+from scarceseg.types import Unlabelled
 from tests.engine.test_run import lines, same
 from tests.foundation.small import small_net
 from tests.tiny import tiny_config, tiny_dataset
@@ -236,11 +240,144 @@ def test_sfr_plus_warns_when_none_or_all_pass(data: Path, tmp_path: Path) -> Non
         assert any(word in warning and "measure: foreground" in warning for warning in result.warnings)
 
 
-def test_labels_per_crop_are_those_of_the_tuned_model(data: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def patch_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small foundation model that is shown patches."""
+    file = tmp_path_factory.mktemp("weights3d") / "small3d.safetensors"
+    save_tiny_sam3d(file, small_net())
+    return str(file)
+
+
+def test_labels_per_crop_are_those_of_the_tuned_model(data: Path, tmp_path: Path, patch_model: str) -> None:
     terms = {"sfr": {"tune_iterations": 2, "labels": "crop"}}
-    train(tiny_config(data, method="sfr", terms=terms, iterations=2), tmp_path / "run")
+    config = tiny_config(data, method="sfr", terms=terms, iterations=2, foundation=patch_model)
+    train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "stages" / "sfr-label").exists()
     assert all(e["loss/sfr"] > 0 for e in lines(tmp_path / "run") if e["stage"] == "train")
+
+
+def test_labels_per_crop_need_a_model_of_patches(data: Path, tmp_path: Path) -> None:
+    """Stretched to the size of a volume, a patch would be told places that it does not have."""
+    config = tiny_config(data, method="sfr", terms={"sfr": {"labels": "crop"}})
+    with pytest.raises(ConfigError, match="whole volumes"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "loss"), [({}, "hard"), ({"targets": "soft"}, "soft"), ({"trust": "weight"}, "weight")]
+)
+def test_labels_per_crop_are_learnt_in_the_form_the_options_ask_for(options: dict[str, Any], loss: str) -> None:
+    term = Sfr(SfrOptions(labels="crop", **options), 3)
+    term.name = "sfr"
+    g = torch.Generator().manual_seed(0)
+    said = torch.randn(2, 3, 4, 4, 4, generator=g).softmax(1)
+
+    class Teacher:
+        def on_patch(self, image: torch.Tensor) -> torch.Tensor:
+            return said.clone()
+
+    term._teacher = [Teacher()]  # type: ignore[list-item]
+    logits = torch.randn(2, 3, 4, 4, 4, generator=g)
+    rows = Unlabelled(torch.zeros(2, 1, 4, 4, 4), ("a", "b"), {})
+    hard = torch.nn.functional.one_hot(said.argmax(1), 3).movedim(-1, 1).float()
+    expected = {
+        "hard": pseudo_label_loss(logits, said.argmax(1)),
+        "soft": soft_label_loss(logits, said),
+        "weight": soft_label_loss(logits, hard, said.amax(1)),
+    }[loss]
+    torch.testing.assert_close(term.against(logits, term.guessed(rows)), expected)
+
+
+@pytest.mark.parametrize("options", [{"targets": "soft"}, {"trust": "weight"}, {}])
+@pytest.mark.parametrize("labels", ["volume", "crop"])
+def test_a_sure_volume_teaches_nothing_in_any_form(tmp_path: Path, options: dict[str, Any], labels: str) -> None:
+    term = SfrPlus(SfrPlusOptions(labels=labels, **options), 2)  # type: ignore[arg-type]
+    term.name = "sfr+"
+    probability = torch.randn(1, 2, 4, 4, 4).softmax(1)
+    kept = PseudoLabels(tmp_path)
+    kept.write_nothing("a", probability[0].numpy())
+
+    class Teacher:
+        def on_patch(self, image: torch.Tensor) -> torch.Tensor:
+            return probability.clone()
+
+    term._teacher, term._ignored = [Teacher()], frozenset({"a"})  # type: ignore[list-item]
+    maps = {"label": kept.label, "probability": kept.probability, "weight": kept.weight}
+    fields = {f"sfr+/{key}": torch.from_numpy(np.array(read("a")))[None] for key, read in maps.items()}
+    rows = Unlabelled(torch.zeros(1, 1, 4, 4, 4), ("a",), fields)
+    logits = torch.randn(1, 2, 4, 4, 4, requires_grad=True)
+    loss = term.against(logits, term.guessed(rows))
+    loss.backward()
+    assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"sfr": {"axes": []}},
+        {"sfr": {"tune_clip": 0}},
+        {"sfr": {"labels": "crop", "largest_component": True}},
+        {"sfr+": {"labels": "crop", "sure": "student"}},
+        {"cct": {"drop_low": 0.95}},
+    ],
+)
+def test_options_that_cannot_be_are_told_before_any_work(data: Path, tmp_path: Path, bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        train(tiny_config(data, method=next(iter(bad)), terms=bad), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_slices_along_another_axis_get_their_curves_along_it(
+    data: Path, tmp_path: Path, patch_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = CurvedSlices.__init__
+
+    def spy(self: CurvedSlices, inner: Any, seed: int, axis: int = 2) -> None:
+        seen.append(axis)
+        original(self, inner, seed, axis)
+
+    monkeypatch.setattr(CurvedSlices, "__init__", spy)
+    monkeypatch.setattr(TinySam3DModel, "slices", True)
+    terms = {"sfr": {"tune_iterations": 1, "axes": [2, 0]}}
+    train(tiny_config(data, method="sfr", terms=terms, iterations=1, foundation=patch_model), tmp_path / "run")
+    assert seen == [2, 0]
+
+
+def test_warnings_of_a_finished_stage_are_told_again_after_a_resume(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(self: TunedTeacher, case: Any) -> np.ndarray:
+        size = case.image.shape[1:]
+        return np.stack([np.ones(size, np.float32), np.zeros(size, np.float32)])
+
+    monkeypatch.setattr(TunedTeacher, "probability", nothing)
+    terms = {"sfr+": {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2, "threshold": 1.0}}
+    config = tiny_config(data, method="sfr+", terms=terms)
+    whole = train(config, tmp_path / "whole").warnings
+    assert any("no foreground" in text for text in whole) and any("no unlabelled" in text for text in whole)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in("train", config.iterations - 1, patch)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "cut")
+    assert train(config, tmp_path / "cut", resume=True).warnings == whole
+
+
+def test_later_teachers_of_self_training_split_their_batches_as_the_run_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, bool] = {}
+    original = Loop.__init__
+
+    def spy(self: Loop, task: LoopTask, *rest: Any) -> None:
+        found[task.stage] = task.split
+        original(self, task, *rest)
+
+    monkeypatch.setattr(Loop, "__init__", spy)
+    config = tiny_config(data, method="self-training", terms=QUICK["self-training"], batch_norm="split")
+    train(config, tmp_path / "run")
+    assert set(found.values()) == {True} and len(found) == 3
 
 
 def test_the_run_does_not_need_the_foundation_model_to_predict(data: Path, tmp_path: Path) -> None:

@@ -394,6 +394,9 @@ def test_z_score_is_over_voxels_above_zero() -> None:
         torch.testing.assert_close(scored[row].flatten()[40:], (-mean / std).expand(24))
     assert torch.equal(z_score(torch.full((1, 1, 3, 3, 3), 0.1)), torch.zeros(1, 1, 3, 3, 3))
     assert torch.equal(z_score(torch.zeros(1, 1, 3, 3, 3)), torch.zeros(1, 1, 3, 3, 3))
+    constant = torch.stack([torch.rand(1, 3, 3, 3), torch.zeros(1, 3, 3, 3)]).requires_grad_()
+    z_score(constant).square().sum().backward()
+    assert constant.grad is not None and constant.grad.isfinite().all(), "one empty patch does not spoil the others"
 
 
 def test_a_mask_prompt_becomes_logits_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:

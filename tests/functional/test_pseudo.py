@@ -63,6 +63,18 @@ def test_weight_zero_and_ignored_voxels_do_not_count() -> None:
     assert not logits.grad[:, :, :2].any() and logits.grad[:, :, 2:].any()
 
 
+def test_a_voxel_without_any_class_does_not_count() -> None:
+    """Beyond a volume that is smaller than the patch there is no class, not even background."""
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(1, 3, 4, 4, 8, generator=g, requires_grad=True)
+    target = torch.randn(1, 3, 4, 4, 4, generator=g).softmax(1)
+    padded = torch.nn.functional.pad(target, (2, 2))
+    loss = soft_label_loss(logits, padded)
+    torch.testing.assert_close(loss, soft_label_loss(logits[..., 2:6], target))
+    loss.backward()
+    assert logits.grad is not None and not logits.grad[..., :2].any() and not logits.grad[..., 6:].any()
+
+
 def test_nothing_to_learn_is_a_loss_of_zero_with_a_gradient_of_zero() -> None:
     logits = torch.randn(1, 2, 3, 3, 3, requires_grad=True)
     for loss in (

@@ -27,6 +27,11 @@ def test_sfr_takes_another_model_with_a_single_labelled_volume(method: str) -> N
     assert settled(method, 2) == settled(method, 16) == {term: (Sfr.foundation,)}
 
 
+@pytest.mark.parametrize("options", [{"labels": "crop"}, {"view": "patch"}])
+def test_what_needs_patches_takes_a_model_of_patches(options: dict[str, Any]) -> None:
+    assert settled("mean-teacher+sfr", 1, terms={"sfr": options}) == {"sfr": (Sfr.foundation,)}
+
+
 def test_in_a_sum_the_other_term_keeps_its_own() -> None:
     for labelled, model in ((1, Sfr.foundation_of_one), (4, Sfr.foundation)):
         assert settled("mean-teacher+sfr+semisam", labelled) == {"sfr": (model,), "semisam": (SemiSam.foundation,)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scarceseg.errors import ConfigError
-from scarceseg.foundation.base import Promptable
+from scarceseg.foundation.base import Embedding, Masks, Promptable
 from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
 from scarceseg.methods import build_terms
 from scarceseg.methods.semisam import SemiSam
@@ -224,6 +224,61 @@ def test_a_patch_that_comes_again_is_not_embedded_again() -> None:
     assert [len(image) for image in model.embedded] == [2, 1]
     assert torch.allclose(model.asked[-1][0].sort().values, mixed.flatten(1).mean(1).repeat_interleave(3).sort().values)
     term_of(Stub(), remember=0).loss(step)
+
+
+def test_patches_remembered_from_different_steps_keep_their_own_answers() -> None:
+    """Whatever a model keeps in the frame belongs to one batch; parts of two batches are not put together."""
+
+    class Framed(Stub):
+        """Its embedding is a number into what the frame keeps, as that of slices is."""
+
+        def embed(self, image: torch.Tensor, spacing_mm: Any) -> Embedding:
+            made = super().embed(image, spacing_mm)
+            return Embedding({"row": torch.arange(len(image))}, made.size, tuple(made.features["mean"].tolist()))
+
+        def segment(self, embedding: Embedding, prompts: Any, previous: Any = None) -> Masks:
+            mean = torch.tensor([embedding.frame[row] for row in embedding.features["row"].tolist()])
+            return super().segment(Embedding({"mean": mean}, embedding.size), prompts, previous)
+
+    model = Framed()
+    term = term_of(model, remember=8)
+    step = step_of(logits_of({1: 4.0}, {1: 3.0}))
+    assert step.unlabelled is not None
+    patches = [noise(SIZE, 1, seed=seed) for seed in range(4)]
+    for first, second in ((0, 1), (2, 3), (0, 2)):
+        image = torch.cat([patches[first], patches[second]])
+        term.loss(replace(step, unlabelled=replace(step.unlabelled, image=image)))
+        assert sorted(set(model.asked[-1][0].tolist())) == sorted(image.flatten(1).mean(1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "word"),
+    [
+        ({"prompt_kinds": frozenset({"point", "mask"})}, {"prompts": ["box"]}, "box"),
+        ({"prompt_kinds": frozenset({"box"})}, {"prompts": ["uncertainty"]}, "point"),
+        ({"channels": frozenset({1})}, {}, "channel"),
+        ({}, {"channel": 3}, "channel"),
+    ],
+)
+def test_what_the_model_cannot_be_asked_is_told_before_training(
+    model: dict[str, Any], options: dict[str, Any], word: str
+) -> None:
+    stub = Stub()
+    for key, value in model.items():
+        setattr(stub, key, value)
+    term = term_of(stub, **options)
+    with pytest.raises(ConfigError, match=word):
+        term._check(stub, "stub", 3)
+
+
+def test_the_models_are_shown_the_chosen_channel() -> None:
+    model = Stub()
+    term = term_of(model, channel=1)
+    image = torch.cat([noise(SIZE, 1, seed=3), noise(SIZE, 1, seed=4)], 1)
+    step = step_of(logits_of({1: 4.0}))
+    assert step.unlabelled is not None
+    term.loss(replace(step, unlabelled=replace(step.unlabelled, image=image)))
+    assert torch.equal(model.embedded[0], image[:, 1:])
 
 
 def test_corrections_are_clicked_where_the_answer_differs_from_the_student() -> None:

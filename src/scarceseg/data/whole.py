@@ -70,17 +70,19 @@ class CurvedSlices:
     Args:
         inner: makes the batches.
         seed: of the curves.
+        axis: of the volume, 0 .. 2, that the slices are cut along.
     """
 
-    def __init__(self, inner: Sampler, seed: int) -> None:
-        self.inner, self.seed = inner, seed
+    def __init__(self, inner: Sampler, seed: int, axis: int = 2) -> None:
+        self.inner, self.seed, self.axis = inner, seed, axis
 
     def batch(self, iteration: int) -> Batch:
         """The batch of one iteration."""
         labelled, unlabelled = self.inner.batch(iteration)
         draw = rng(self.seed, "stage", 2, iteration)
-        rows = [torch.from_numpy(curve_slices(image.numpy(), draw)) for image in labelled.image]
-        return replace(labelled, image=torch.stack(rows)), unlabelled
+        images = labelled.image.transpose(2 + self.axis, 4)
+        rows = [torch.from_numpy(curve_slices(image.numpy(), draw)) for image in images]
+        return replace(labelled, image=torch.stack(rows).transpose(2 + self.axis, 4)), unlabelled
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of the iterations ``start .. stop - 1``."""

@@ -253,13 +253,12 @@ def _train_stage(
 
 def _offline_stage(work: Workspace, name: str, term: Term, stage: str) -> None:
     target = work.folder(name, stage)
-    if (target / "done").exists():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    with timed_stage(work.run, target.name):
-        term.prepare(stage, work)
-    work.fabric.barrier()
-    write_text(target / "done", "")
+
+    def make() -> None:
+        with timed_stage(work.run, target.name):
+            term.prepare(stage, work)
+
+    work.once(target, make)
 
 
 def _needs_unlabelled(terms: dict[str, Term]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from scarceseg.config import Config, OptimConfig
 from scarceseg.data.plan import Plan
 from scarceseg.data.prepare import PreparedCase
 from scarceseg.data.sampling import PatchSampler, Source
+from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.logging import Display, RunLog
 from scarceseg.engine.loop import BatchSource, Loop, LoopTask
 from scarceseg.engine.seeds import rng
@@ -100,6 +102,25 @@ class Workspace:
             self._models[name] = load_foundation(name, self.fabric.device)
         return self._models[name]
 
+    def once(self, folder: Path, make: Callable[[], None]) -> None:
+        """Make what belongs into the folder of a stage, unless an earlier call has; its warnings are told in either case.
+
+        Args:
+            folder: of the stage; the file ``done`` in it says that it is whole, and holds the warnings.
+            make: leaves its artefacts there, and may add to `warnings`.
+        """
+        done = folder / "done"
+        if done.exists():
+            self.warnings.extend(json.loads(done.read_text(encoding="utf-8") or "[]"))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        before = len(self.warnings)
+        make()
+        self.fabric.barrier()
+        if self.fabric.is_global_zero:
+            write_text(done, json.dumps(self.warnings[before:]))
+        self.fabric.barrier()
+
     def build_student(self, stage: str) -> SegmentationNetwork:
         """A fresh network like the student, on the run's device, with initial weights of its own."""
         with torch.random.fork_rng(devices=[]):
@@ -154,6 +175,7 @@ class Workspace:
             checkpoint_every=self.config.checkpoint_every,
             log_every=self.config.log_every,
             memory_format=memory_format or self.memory_format,
+            split=self.config.batch_norm == "split",
         )
         for term in terms.values():
             term.to(self.fabric.device)

@@ -76,11 +76,13 @@ class Promptable(ABC):
         name: as registered, for messages and results.
         prompt_kinds: what `segment` understands.
         views: ways of looking at a volume it offers, see `seen_as`; empty when there is only one.
+        channels: numbers of image channels it takes; empty when it takes any.
     """
 
     name: str
     prompt_kinds: frozenset[PromptKind]
     views: frozenset[str] = frozenset()
+    channels: frozenset[int] = frozenset()
 
     @abstractmethod
     def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:

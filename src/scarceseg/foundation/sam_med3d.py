@@ -149,6 +149,7 @@ class SamMed3D(Promptable):
         self.network = network
         self.name = name
         self.spacing_mm, self.fit, self.channel, self.foreground = spacing_mm, fit, channel, foreground
+        self.channels = frozenset({1} if channel is None else ())
 
     @classmethod
     def from_file(
@@ -269,9 +270,10 @@ def z_score(cube: torch.Tensor) -> torch.Tensor:
     count = above.sum(dim=axes, keepdim=True)
     mean = (cube * above).sum(dim=axes, keepdim=True) / count.clamp_min(1)
     centred = cube - mean
-    std = ((centred * above).square().sum(dim=axes, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-    varies = std > 1e-5 * mean  # less is rounding
-    return torch.where(varies, centred / torch.where(varies, std, 1.0), 0.0)
+    variance = (centred * above).square().sum(dim=axes, keepdim=True) / (count - 1).clamp_min(1)
+    varies = variance > (1e-5 * mean).square()  # less is rounding
+    std = torch.where(varies, variance, 1.0).sqrt()  # chosen before the root, whose gradient at 0 is not finite
+    return torch.where(varies, centred / std, 0.0)
 
 
 def network_from_state(state: Mapping[str, torch.Tensor], source: str = "the state") -> SamMed3DNet:

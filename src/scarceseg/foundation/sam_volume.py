@@ -93,6 +93,7 @@ class SamPromptable(Promptable, Tunable):
         self.sam = sam
         self.name = name
         self.options = options or SamOptions()
+        self.channels = frozenset({1, 2, int(parts(sam.config)[0].num_channels)})
         freeze(sam)
 
     @classmethod

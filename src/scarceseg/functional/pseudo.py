@@ -35,11 +35,11 @@ def soft_label_loss(
     """``0.5 (CE + Dice)`` against probabilities, each voxel counted with a weight. (ours)
 
     ``CE = -sum_v w sum_c q ln p / sum_v w`` and ``Dice = mean_c 1 - (2 sum w p q + s) / (sum w p^2 + sum w q^2 + s)``. With
-    probabilities of 0 and 1 and weights of 1 it is `pseudo_label_loss`.
+    probabilities of 0 and 1 and weights of 1 it is `pseudo_label_loss` with that s.
 
     Args:
         logits: ``[B, K, ...]``.
-        target: q, ``[B, K, ...]`` in [0, 1].
+        target: q, ``[B, K, ...]`` in [0, 1]; a voxel without any class, such as one beyond the volume, does not count.
         weight: w, ``[B, ...]`` in [0, 1]; None is 1 everywhere.
         smooth: s.
 
@@ -47,7 +47,9 @@ def soft_label_loss(
         Scalar >= 0; 0 with a gradient of 0 where all weights are 0.
     """
     target = target.to(logits.dtype)
-    w = torch.ones_like(logits[:, :1]) if weight is None else weight.to(logits.dtype)[:, None]
+    w = (target.sum(1, keepdim=True) > 0).to(logits.dtype)
+    if weight is not None:
+        w = w * weight.to(logits.dtype)[:, None]
     log_p = logits.log_softmax(1)
     ce = -(w * target * log_p).sum() / w.sum().clamp_min(1e-6)
     p = log_p.exp()

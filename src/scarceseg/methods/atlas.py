@@ -17,6 +17,7 @@ from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.pseudo_labels import PseudoLabelOptions, PseudoLabels, PseudoLabelTerm
 
 if TYPE_CHECKING:
+    from scarceseg.atlas.spread import Progress
     from scarceseg.engine.workspace import Workspace
 
 
@@ -81,17 +82,18 @@ class Atlas(PseudoLabelTerm):
             ):
                 notes = {"atlases": list(one.atlases), "notes": list(one.notes)}
                 self.keep(labels, one.name, one.probability, one.agreement, notes)
-                work.warnings.extend(one.notes)
-        work.fabric.barrier()
-        if work.fabric.is_global_zero:
+            work.fabric.barrier()
             names = [case.name for case in work.unlabelled]
-            labels.finish(names, **self.about(work, folder))
+            for name in names:  # of earlier, stopped attempts and of other processes too
+                work.warnings.extend(labels.notes(name).get("notes", ()))
+            if work.fabric.is_global_zero:
+                labels.finish(names, **self.about(work, folder, tell))
 
-    def about(self, work: Workspace, folder: Path) -> dict[str, Any]:
+    def about(self, work: Workspace, folder: Path, tell: Progress | None = None) -> dict[str, Any]:
         """What the table of confidences says of the atlases."""
         known: dict[str, Any] = {"atlases": [case.name for case in work.labelled], **self.how().model_dump(mode="json")}
         if self.options.estimate and 2 <= len(work.labelled) <= self.options.max_atlases + 1:
-            found = expected_dice(work.labelled, work.classes, self.how(), self.options.workers, folder)
+            found = expected_dice(work.labelled, work.classes, self.how(), self.options.workers, folder, tell)
             cases = {name: [None if isnan(v) else v for v in values] for name, values in found.cases.items()}
             known["expected_dice"] = {"mean": None if isnan(found.mean) else found.mean, "cases": cases}
         return known

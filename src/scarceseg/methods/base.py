@@ -69,9 +69,8 @@ class Term(nn.Module):
         predicts_unlabelled: False for a term that takes unlabelled images but not the student's output on them; the
             student does not see those rows unless another term of the sum wants their output.
         shares_features: ask for ``step.encoded`` and ``step.decoded``.
-        foundation: the foundation model it works with when the run names none; None for a term that needs no such model.
-        foundation_of_one: the one it takes then with a single labelled volume, when that is another; a term that has one also
-            has the option ``foundation``.
+        foundation: the foundation model it works with when the run names none, see `usual_foundation`; None for a term that
+            needs no such model.
     """
 
     Options: ClassVar[type[TermOptions]] = TermOptions
@@ -79,13 +78,24 @@ class Term(nn.Module):
     predicts_unlabelled: ClassVar[bool] = True
     shares_features: ClassVar[bool] = False
     foundation: ClassVar[str | None] = None
-    foundation_of_one: ClassVar[str | None] = None
     name: str = ""
 
     def __init__(self, options: TermOptions, classes: int) -> None:
         super().__init__()
         self.options = options
         self.classes = classes
+
+    @classmethod
+    def usual_foundation(cls, options: Mapping[str, Any], labelled: int) -> str | None:
+        """The foundation model for this number of labelled volumes when none is named.
+
+        A term for which that is not always `foundation` has the option ``foundation``, into which it is written.
+
+        Args:
+            options: of the term, as the user gave them.
+            labelled: volumes.
+        """
+        return cls.foundation
 
     @property
     def field_kinds(self) -> dict[str, FieldKind]:

@@ -78,7 +78,7 @@ class Bcp(Term):
         network = work.build_student(name)
         supervised = work.config.terms.get("supervised", {}) | {"weight": 1.0, "ramp": "constant"}
         terms = build_terms("supervised", {"supervised": supervised}, work.classes)
-        source = CopyPaste(work.patches(name), self.options.side, work.seed(name), work.fabric.global_rank)
+        source = CopyPaste(work.patches(name), self.options.side, work.seed(name))
         iterations = self.options.pretrain_iterations or max(round(work.config.iterations * 2000 / 15000), 1)
         work.fit(name, network, terms, source, iterations)
         if work.fabric.is_global_zero:
@@ -157,15 +157,13 @@ class CopyPaste:
     Args:
         sampler: makes the labelled patches. With one row in a batch, two batches in turn give the two patches.
         side: of the cuboid, as a share of the patch's.
-        seed: of the cuboid's place.
-        rank: number of this process.
+        seed: of the cuboid's place, which is the same in all processes.
     """
 
-    def __init__(self, sampler: PatchSampler, side: float, seed: int, rank: int = 0) -> None:
+    def __init__(self, sampler: PatchSampler, side: float, seed: int) -> None:
         self.sampler = sampler
         self.side = side
         self.seed = seed
-        self.rank = rank
         self.generator = torch.Generator()
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -179,7 +177,7 @@ class CopyPaste:
         """As many mixtures as the first batch has rows; the cuboid of row i comes from row i + 1."""
         image = torch.cat([batch.image for batch in batches])
         label = torch.cat([batch.label for batch in batches])
-        self.generator.manual_seed(int(rng(self.seed, "stage", iteration, self.rank).integers(2**63 - 1)))
+        self.generator.manual_seed(int(rng(self.seed, "stage", iteration, 0).integers(2**63 - 1)))
         inside = cuboid(image.shape[2:], self.side, self.generator)
         rows = len(batches[0].image)
         mixed = torch.where(inside, image.roll(-1, 0), image)[:rows]

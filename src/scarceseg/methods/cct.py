@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from scarceseg.functional.losses import segmentation_loss, softmax_mse
@@ -32,6 +32,12 @@ class CctOptions(TermOptions):
     drop_low: float = Field(0.7, ge=0, le=1)
     drop_high: float = Field(0.9, ge=0, le=1)
     supervision: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.drop_low > self.drop_high:
+            raise ValueError(f"expected drop_low <= drop_high, got {self.drop_low:g} and {self.drop_high:g}")
+        return self
 
 
 def feature_noise(x: torch.Tensor, generator: torch.Generator, limit: float) -> torch.Tensor:

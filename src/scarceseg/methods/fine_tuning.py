@@ -66,9 +66,9 @@ class TuningOptions(PseudoLabelOptions):
     tune_weight_decay: float = Field(0.1, ge=0)
     tune_power: float = 0.9
     tune_warmup: int = Field(20, ge=0)
-    tune_clip: float | None = 1.0
+    tune_clip: float | None = Field(1.0, gt=0)
     tune_rows: int = Field(2, ge=1)
-    axes: tuple[Literal[0, 1, 2], ...] = (2,)
+    axes: tuple[Literal[0, 1, 2], ...] = Field((2,), min_length=1)
     augment: float = Field(1.0, ge=0)
     learn_from: str | None = None
     tuned_in: str | None = None
@@ -206,7 +206,7 @@ class TunedTeacher:
             if file.exists():
                 self._read(network, file)
                 continue
-            sampler = self._sampler(name, guessed)
+            sampler = self._sampler(name, guessed, axis)
             self.work.fit(name, network, terms, sampler, iterations or self.iterations, optim, "contiguous")
             self._write(network, file)
             self.work.discard(name)
@@ -241,20 +241,21 @@ class TunedTeacher:
         except (OSError, DataError) as error:
             raise RunError(f"cannot use the tuned weights {file}: {error}; remove that folder and --resume") from None
 
-    def _sampler(self, stage: str, guessed: Sequence[Source]) -> Sampler:
+    def _sampler(self, stage: str, guessed: Sequence[Source], axis: int) -> Sampler:
         seed, rows = self.work.seed(stage), self.options.tune_rows
         reference = [Source(case.name, case.image, case.label) for case in self.work.labelled]
         sources = [reference, list(guessed)] if guessed else [reference]
         parts = [
-            self._part(source, max(rows // len(sources), 1), seed + number) for number, source in enumerate(sources)
+            self._part(source, max(rows // len(sources), 1), seed + number, axis)
+            for number, source in enumerate(sources)
         ]
         return SideBySide(parts) if len(parts) > 1 else parts[0]
 
-    def _part(self, sources: list[Source], rows: int, seed: int) -> Sampler:
+    def _part(self, sources: list[Source], rows: int, seed: int, axis: int) -> Sampler:
         if self.whole:
             return WholeVolumes(sources, self.common_size(), rows, seed, self.options.augment)
         patches = PatchSampler(sources, [], self.work.plan.patch, rows, 0, seed, augment=self.work.config.augment)
-        return CurvedSlices(patches, seed) if self.options.augment and self.model.slices else patches
+        return CurvedSlices(patches, seed, axis) if self.options.augment and self.model.slices else patches
 
     def probability(self, case: PreparedCase) -> NDArray[np.float32]:
         """Class probabilities of one volume ``[K, X, Y, Z]``: mean over the networks and, of patches, over overlapping ones."""

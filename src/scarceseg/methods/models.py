@@ -28,13 +28,13 @@ def settle_foundations(config: Config, labelled: int) -> Config:
 
     Args:
         config: of a known method.
-        labelled: number of labelled volumes, see `Term.foundation_of_one`.
+        labelled: number of labelled volumes, see `Term.usual_foundation`.
     """
     kinds = {name: METHODS.get(name) for name in parse_method(config.method)}
     usual = {
-        name: (kind.foundation_of_one if labelled == 1 else None) or kind.foundation
+        name: model
         for name, kind in kinds.items()
-        if kind.foundation is not None
+        if (model := kind.usual_foundation(config.terms.get(name, {}), labelled)) is not None
     }
     if config.foundation is not None or not usual:
         return config
@@ -42,7 +42,7 @@ def settle_foundations(config: Config, labelled: int) -> Config:
         return config.model_copy(update={"foundation": next(iter(usual.values()))})
     terms = dict(config.terms)
     for name, model in usual.items():
-        if kinds[name].foundation_of_one is not None:
+        if model != kinds[name].foundation:
             terms[name] = {"foundation": model} | terms.get(name, {})
     return config.model_copy(update={"terms": terms})
 

@@ -21,7 +21,7 @@ from scarceseg.errors import Interrupted, RunError
 from scarceseg.functional.pseudo import confidence, pseudo_label_loss, soft_label_loss
 from scarceseg.inference.components import largest_component as keep_largest
 from scarceseg.methods.base import FieldKind, Term, TermOptions
-from scarceseg.types import IGNORE_LABEL, LabelMap, Step
+from scarceseg.types import IGNORE_LABEL, LabelMap, Logits, Step, Unlabelled
 
 if TYPE_CHECKING:
     from scarceseg.data.prepare import PreparedCase
@@ -78,11 +78,17 @@ class PseudoLabels:
     def write_nothing(
         self, case: str, probability: NDArray[np.floating[Any]], notes: Mapping[str, Any] | None = None
     ) -> None:
-        """Keep a case without a label: every voxel is ignored (255) and has weight 0; its probability stays to be looked at."""
+        """Keep a case without a label: every voxel is ignored (255), has weight 0 and no class, in every form a loss may read.
+
+        Args:
+            case: name.
+            probability: ``[K, X, Y, Z]``, for the table of confidences.
+            notes: see `write`.
+        """
         size = probability.shape[1:]
         sure, inside = confidence(probability)
         store(self._entry(case, "weight"), np.zeros(size, dtype=np.float16), {})
-        store(self._entry(case, "probability"), probability.astype(np.float16), {})
+        store(self._entry(case, "probability"), np.zeros(probability.shape, dtype=np.float16), {})
         about = {"confidence": sure, "foreground_confidence": inside, **(notes or {})}
         store(self._entry(case, "label"), np.full(size, IGNORE_LABEL, dtype=np.uint8), about)
 
@@ -171,10 +177,22 @@ class PseudoLabelTerm(Term):
         """Scalar >= 0."""
         if step.unlabelled is None or step.logits_u is None:
             raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
-        fields = step.unlabelled.fields
+        return self.against(step.logits_u, self.guessed(step.unlabelled))
+
+    def guessed(self, unlabelled: Unlabelled) -> Mapping[str, torch.Tensor]:
+        """The maps that `field_kinds` names, of unlabelled rows."""
+        return unlabelled.fields
+
+    def against(self, logits: Logits, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss against guesses in the form the options ask for.
+
+        Args:
+            logits: of the student, ``[U, K, X, Y, Z]``.
+            fields: by name, ``<term>/label`` and ``<term>/weight`` ``[U, X, Y, Z]``, ``<term>/probability`` ``[U, K, X, Y, Z]``.
+        """
         if not self.soft:
-            return pseudo_label_loss(step.logits_u, fields[f"{self.name}/label"])
-        weight = fields.get(f"{self.name}/weight")
+            return pseudo_label_loss(logits, fields[f"{self.name}/label"])
+        weight = fields.get(f"{self.name}/weight") if self.options.trust == "weight" else None
         if self.options.targets == "soft":
             target = fields[f"{self.name}/probability"].float()
         else:
@@ -182,7 +200,7 @@ class PseudoLabelTerm(Term):
             known = label != IGNORE_LABEL
             target = torch.nn.functional.one_hot(label * known, self.classes).movedim(-1, 1).float()
             weight = known.float() if weight is None else weight * known
-        return soft_label_loss(step.logits_u, target, weight)
+        return soft_label_loss(logits, target, weight)
 
     def guess(self, work: Workspace, stage: str, cases: list[PreparedCase], **about: Any) -> PseudoLabels:
         """Label `cases` with `probability_of`, one after the other, and keep what is done; returns the folder."""

@@ -30,6 +30,7 @@ class SemiSamOptions(TermOptions):
         weight, ramp: the paper has 0.1 and ``semisam-down``; its script ramps by ``laine-down``. The gate leaves a part of the
             weight only, hence more here.
         foundation: promptable models, one or several (SemiSAM+); none takes the run's.
+        channel: of the image that the models are shown, from 0; None shows all, which not every model takes.
         view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
         prompts: what is asked, see `scarceseg.foundation.dialogue.Asking`; ``point`` is the paper's.
         clicks, outside, corrections, components, threshold, confident: as there.
@@ -45,6 +46,7 @@ class SemiSamOptions(TermOptions):
     weight: float = Field(1.0, ge=0)
     ramp: RampName = "semisam-down"
     foundation: tuple[str, ...] = ()
+    channel: int | None = Field(None, ge=0)
     view: Literal["mosaic", "slices"] = "mosaic"
     prompts: tuple[Kind, ...] = Field(("uncertainty", "mask"), min_length=1)
     clicks: int = Field(3, ge=1)
@@ -109,8 +111,29 @@ class SemiSam(Term):
                     f"{self.name}: the foundation model {name!r} cannot be prompted; name one that can with --foundation or "
                     f"terms.{self.name}.foundation (scarceseg foundations list)"
                 )
+            self._check(model, name, len(work.plan.channels))
             models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
         self.consult(models, work.plan.spacing_mm)
+
+    def _check(self, model: Promptable, name: str, channels: int) -> None:
+        """Refuse before training what the model would refuse at the first question."""
+        options, mine = self.options, f"terms.{self.name}"
+        wanted = {"point" if kind == "uncertainty" else kind for kind in options.prompts}
+        if options.corrections:
+            wanted.add("point")
+        if wanted - model.prompt_kinds:
+            raise ConfigError(
+                f"{mine}.prompts: {name!r} understands {', '.join(sorted(model.prompt_kinds))}, not "
+                f"{', '.join(sorted(wanted - model.prompt_kinds))}: choose other prompts or another model"
+            )
+        if options.channel is not None and options.channel >= channels:
+            raise ConfigError(f"{mine}.channel: the images have {channels} (0 first), got {options.channel}")
+        if options.channel is None and model.channels and channels not in model.channels:
+            takes = " or ".join(str(count) for count in sorted(model.channels))
+            raise ConfigError(
+                f"{mine}.channel: {name!r} takes images of {takes} channels, these have {channels}: "
+                f"choose the one it is shown, 0 to {channels - 1}"
+            )
 
     def consult(self, models: Sequence[Promptable], spacing_mm: Spacing) -> None:
         """Say whom to ask; `initialise` does so in a run.
@@ -155,6 +178,8 @@ class SemiSam(Term):
             foreground: the student's probabilities ``[U, K-1, X, Y, Z]``.
             generator: of the clicks.
         """
+        if self.options.channel is not None:
+            image = image[:, self.options.channel : self.options.channel + 1]
         prompts = {
             (row, index): found
             for row in range(foreground.shape[0])
@@ -268,10 +293,11 @@ class _Memory:
         known = {row: found for row in rows if (found := self._recall(image[row])) is not None}
         new = [row for row in rows if row not in known]
         parts = list(known.values())
-        if new:
-            fresh = model.embed(image[new], spacing_mm)
-            if any(part.frame != fresh.frame for part in parts):  # made for their batch alone: cannot be joined
-                return model.embed(image[list(rows)], spacing_mm), {row: place for place, row in enumerate(rows)}
+        fresh = model.embed(image[new], spacing_mm) if new else None
+        frames = [part.frame for part in (*parts, fresh) if part is not None]
+        if any(frame != frames[0] for frame in frames):  # made for their batch alone: cannot be joined
+            return model.embed(image[list(rows)], spacing_mm), {row: place for place, row in enumerate(rows)}
+        if fresh is not None:
             self.kept.extend((image[row].clone(), fresh, place) for place, row in enumerate(new))
             parts.append(fresh)
         places = {row: place for place, row in enumerate([*known, *new])}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import model_validator
 from torch import nn
 
 from scarceseg.data.sampling import Source
 from scarceseg.errors import ConfigError
-from scarceseg.functional.pseudo import pseudo_label_loss
 from scarceseg.methods.base import METHODS, FieldKind, TermOptions
 from scarceseg.methods.fine_tuning import TunedTeacher, TuningOptions
 from scarceseg.methods.pseudo_labels import PseudoLabels, PseudoLabelTerm
 from scarceseg.methods.tuned_in import take_tuned
-from scarceseg.types import IGNORE_LABEL, Step
+from scarceseg.types import IGNORE_LABEL, Unlabelled
 
 if TYPE_CHECKING:
     from scarceseg.data.prepare import PreparedCase
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 
 class SfrOptions(TuningOptions):
     """Options of SFR; those of the tuning and of the loss."""
+
+    @model_validator(mode="after")
+    def _crops(self) -> Self:
+        if self.labels == "crop" and self.largest_component:
+            raise ValueError(
+                "largest_component is of whole volumes, labels: crop labels patches; expected one or the other: leave one out"
+            )
+        return self
 
 
 @METHODS.register("sfr")
@@ -42,8 +51,14 @@ class Sfr(PseudoLabelTerm):
 
     Options: ClassVar[type[TermOptions]] = SfrOptions
     foundation = "tiny-sam3d"
-    foundation_of_one = "tiny-sam"
+    foundation_of_one: ClassVar[str] = "tiny-sam"
     options: SfrOptions
+
+    @classmethod
+    def usual_foundation(cls, options: Mapping[str, Any], labelled: int) -> str | None:
+        """With a single labelled volume another one, unless patches are asked for, which that does not take."""
+        patches = options.get("labels") == "crop" or options.get("view") == "patch"
+        return cls.foundation_of_one if labelled == 1 and not patches else cls.foundation
 
     def stages(self) -> list[str]:
         """Fine-tune, then label; the second is not needed when every patch is labelled anew."""
@@ -57,6 +72,11 @@ class Sfr(PseudoLabelTerm):
     def prepare(self, stage: str, work: Workspace) -> None:
         """Tune the model, or label the pool with it."""
         teacher = TunedTeacher(work, self.options, work.foundation_of(self))
+        if teacher.whole and self.options.labels == "crop":
+            raise ConfigError(
+                f"terms.{self.name}.labels: 'crop' needs a model that sees patches, {work.foundation_of(self)!r} is shown whole "
+                f"volumes: take another model (tiny-sam3d, sam-vit-b), view: patch where it takes both, or labels: volume"
+            )
         tuned = work.folder(self.name, "tune")
         if stage == "tune":
             if self.options.tuned_in is not None:
@@ -106,17 +126,18 @@ class Sfr(PseudoLabelTerm):
         """Whether patches of this case get no label."""
         return False
 
-    def loss(self, step: Step) -> torch.Tensor:
-        """Scalar >= 0."""
+    def guessed(self, unlabelled: Unlabelled) -> Mapping[str, torch.Tensor]:
+        """Cut from the labels of whole volumes, or made now by the tuned model, with nothing in rows that get no label."""
         if self.options.labels == "volume":
-            return super().loss(step)
-        if step.unlabelled is None or step.logits_u is None:
-            raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
-        label = self._teacher[0].on_patch(step.unlabelled.image).argmax(1)
-        for row, case in zip(label, step.unlabelled.case, strict=True):
+            return super().guessed(unlabelled)
+        probability = self._teacher[0].on_patch(unlabelled.image)
+        weight, label = probability.max(1)
+        for row, case in enumerate(unlabelled.case):
             if self.ignored(case):
-                row.fill_(IGNORE_LABEL)
-        return pseudo_label_loss(step.logits_u, label)
+                probability[row], weight[row], label[row] = 0, 0, IGNORE_LABEL
+        return {
+            f"{self.name}/{key}": x for key, x in (("probability", probability), ("weight", weight), ("label", label))
+        }
 
 
 def guessed_sources(work: Workspace, name: str, other: str | None) -> list[Source]:
@@ -132,7 +153,7 @@ def guessed_sources(work: Workspace, name: str, other: str | None) -> list[Sourc
     terms = build_terms(work.config.method, work.config.terms, work.classes)
     names = list(terms)
     source = terms.get(other)
-    if not isinstance(source, PseudoLabelTerm) or names.index(other) > names.index(name) or not source.stages():
+    if not isinstance(source, PseudoLabelTerm) or names.index(other) > names.index(name) or not source.field_kinds:
         raise ConfigError(
             f"terms.{name}.learn_from: expected a term that guesses labels and stands before {name!r} in the sum, such as "
             f"atlas in atlas+{name}, got {other!r} in {work.config.method!r}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from scarceseg.data.sampling import Source
@@ -43,6 +43,14 @@ class SfrPlusOptions(SfrOptions):
     refresh_iterations: int | None = Field(None, ge=1)
     sure: Literal["ignore", "student"] = "ignore"
 
+    @model_validator(mode="after")
+    def _own(self) -> Self:
+        if self.labels == "crop" and self.sure == "student":
+            raise ValueError(
+                "sure: 'student' needs the student's labels of whole volumes, labels: crop has none; expected one or the other"
+            )
+        return self
+
 
 @METHODS.register("sfr+")
 class SfrPlus(Sfr):
@@ -72,11 +80,7 @@ class SfrPlus(Sfr):
         """One round; what an earlier call has left is taken as it is."""
         number = self.rounds(work.config.iterations).index(iteration) + 1
         folder = work.folder(self.name, f"round{number}")
-        if not (folder / "done").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._round(work, student, folder, number)
-            work.fabric.barrier()
-            write_text(folder / "done", "")
+        work.once(folder, lambda: self._round(work, student, folder, number))
         self._newest = folder
         if self.options.labels == "crop":
             self.take_along(work, folder)
@@ -99,7 +103,6 @@ class SfrPlus(Sfr):
         write_text(folder / SURE, json.dumps(sorted(sure)))
         if self.options.labels == "crop":
             return
-        self._teacher = [teacher]
         labels = PseudoLabels(folder)
         for case in work.mine(work.unlabelled):
             if labels.has(case.name):

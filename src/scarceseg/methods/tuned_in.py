@@ -67,8 +67,10 @@ def tuning_settings(config: Config, name: str, whole: bool) -> dict[str, Any]:
     options = build_options(METHODS.get(name), name, config.terms.get(name, {})).model_dump(mode="json")
     found = {key: value for key, value in options.items() if key in SETTINGS or key.startswith("tune_")}
     found["foundation"] = foundation_models(config)[name]
-    if not whole and options["tune_iterations"] is None:
-        found["tune_iterations"] = config.iterations
+    if not whole:
+        found["augment of the patches"] = config.augment
+        if options["tune_iterations"] is None:
+            found["tune_iterations"] = config.iterations
     if (source := options["learn_from"]) is not None:
         found[f"terms.{source}"] = config.terms.get(source, {})
     return found
