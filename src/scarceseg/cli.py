@@ -66,18 +66,33 @@ def demo(
 @app.command()
 def plan(
     dataset: DatasetArg,
+    method: Annotated[str | None, typer.Option(help="Terms joined by '+'; unlabelled rows need memory too.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; flags given here win.")] = None,
     labeled: LabeledOpt = None,
     val: ValOpt = None,
     network: Annotated[str | None, typer.Option(help="Network the patch has to fit.")] = None,
     spacing: SpacingOpt = None,
     patch: PatchOpt = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting of the config, KEY=VALUE, such as batch_unlabeled=4.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show what training on a dataset would use: spacing, patch, memory, and warnings about the data."""
     from scarceseg.data.show import plan_dataset, print_plan
 
     made = plan_dataset(
-        _config(dataset=dataset, labeled=labeled, val=val, network=network, spacing=spacing, patch=patch)
+        _config(
+            recipe=recipe,
+            assignments=set_ or [],
+            dataset=dataset,
+            method=method,
+            labeled=labeled,
+            val=val,
+            network=network,
+            spacing=spacing,
+            patch=patch,
+        )
     )
     typer.echo(made.model_dump_json(indent=1)) if json else print_plan(made)
 

@@ -52,12 +52,12 @@ class OptimConfig(Section):
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.01, gt=0)
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
     schedule: Literal["step", "poly", "constant"] = "step"
-    step: int | None = None
-    gamma: float = 0.1
-    power: float = 0.9
+    step: int | None = Field(None, ge=1)
+    gamma: float = Field(0.1, ge=0)
+    power: float = Field(0.9, ge=0)
     warmup: int = Field(0, ge=0)
     clip_norm: float | None = Field(None, gt=0)
 
@@ -156,7 +156,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the settings in {path}: {str(error).splitlines()[0]}") from None
     if values is None:
         return {}

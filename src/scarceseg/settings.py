@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def _nested(flags: dict[str, Any]) -> dict[str, Any]:
         if key == "dataset":
             values["dataset"] = str(Path(value).resolve())
         elif key == "labeled":
-            values["labeled"] = int(value) if value.strip().lstrip("-").isdigit() else _names(value)
+            count = re.fullmatch(r"-?(0|[1-9][0-9]*)", value.strip())  # 002 is the name of a case
+            values["labeled"] = int(value) if count else _names(value)
         elif key == "val":
             values["val"] = _names(value)
         elif key == "network":
@@ -96,7 +98,7 @@ def _assignment(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set: expected KEY=VALUE such as optim.lr=0.005, got {text!r}")
     try:
         nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a date that does not exist is a ValueError
         raise ConfigError(f"--set {key}: cannot read the value {value!r}") from None
     for part in reversed(key.split(".")):
         nested = {part: nested}

@@ -71,6 +71,24 @@ def test_plan(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["patch"] == [16, 16, 16] and plan["classes"] == ["background", "box1"]
     status, out, _ = scarceseg("plan", data, capsys=capsys)
     assert status == 0 and "patch" in out
+    rows = ["plan", data, "--labeled", 2, "--patch", "16,16,16", "--method", "mean-teacher", "--json"]
+    more = json.loads(scarceseg(*rows, capsys=capsys)[1])["memory_estimate_mb"]
+    most = json.loads(scarceseg(*rows, "--set", "batch_unlabeled=4", capsys=capsys)[1])["memory_estimate_mb"]
+    assert plan["memory_estimate_mb"] < more < most
+
+
+def test_plan_says_what_is_odd_about_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_dataset(tmp_path / "data")
+    facts = json.loads((folder / "dataset.json").read_text())
+    facts["labels"] = {"background": 0, "box [/b]": 1}
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    (folder / "labelsTr" / "case_04.nii.gz").rename(folder / "labelsTr" / "Case_04.nii.gz")
+    (folder / "labelsTr" / "case_03.nii.gz").rename(folder / "labelsTr" / "case_03.nii")
+    status, out, err = scarceseg("plan", folder, capsys=capsys)
+    told = " ".join((out + err).split())
+    assert status == 0 and "box [/b]" in told
+    assert "labels without an image" in told and "Case_04" in told
+    assert "case_03.nii" in told and "no labels" in told
 
 
 @pytest.mark.parametrize(
@@ -93,6 +111,13 @@ def test_plan(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--set", "optim.lr"], ["KEY=VALUE"]),
         (["--set", "terms.ua-mt.weight=1"], ["ua-mt"]),
         (["--device", "tpu"], ["device", "tpu"]),
+        (["--set", "optim.momentum=-0.1"], ["momentum", "-0.1"]),
+        (["--set", "optim.weight_decay=-1"], ["weight_decay"]),
+        (["--set", "optim.step=-5"], ["step", "-5"]),
+        (["--set", "iterations=2020-13-45"], ["iterations"]),
+        (["--set", "select=best"], ["--val"]),
+        (["--labeled", "--3"], ["--3"]),
+        (["--labeled", "002"], ["002"]),
     ],
 )
 def test_bad_usage_is_one_message_and_status_2(
@@ -103,7 +128,7 @@ def test_bad_usage_is_one_message_and_status_2(
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), err
     assert "Traceback" not in err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists(), "the folder is free for the mended command"
 
 
 def test_missing_dataset_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from scarceseg.data.dataset import load_dataset, make_split
 from scarceseg.data.geometry import to_sitk
 from scarceseg.data.images import read_image, read_label, read_volume, write_image
-from scarceseg.data.prepare import prepare_cases
+from scarceseg.data.prepare import prepare_cases, prepare_volume
 from scarceseg.errors import DataError
 from tests.data.volumes import OBLIQUE, Array, grid, planned, smooth, write_dataset, write_facts
 
@@ -131,6 +131,24 @@ def test_not_an_image(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"x{suffix}").write_text("this is no image " * 100)
     with pytest.raises(DataError, match="cannot read"):
         read_image(tmp_path / f"x{suffix}")
+
+
+def test_a_nifti_of_a_type_that_does_not_exist(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    write_image(np.zeros((6, 5, 4), np.float32), GRID, path)
+    raw = bytearray(path.read_bytes())
+    raw[70:72] = struct.pack("<h", 9999)
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"a\.nii"):
+        read_volume((path,))
+
+
+def test_a_spacing_that_makes_a_volume_huge(tmp_path: Path) -> None:
+    _, plan = planned(write_dataset(tmp_path / "d"))
+    with pytest.raises(DataError, match="check the spacing in its header"):
+        prepare_volume(
+            np.zeros((1, 20, 20, 16), np.float32), grid((20, 20, 16), spacing_mm=(100.0, 100.0, 100.0)), plan
+        )
 
 
 def test_missing_file_and_other_endings(tmp_path: Path) -> None:
@@ -256,6 +274,8 @@ def test_missing_or_invalid_dataset_json(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"channel_names": None}, "expected channel_names"),
+        ({"labels": {"background": 0, "organ": 1.7}}, "whole number"),
+        ({"labels": {"background": 0, "organ": float("inf")}}, "whole number"),
         ({"channel_names": ["MRI"]}, "expected channel_names"),
         ({"channel_names": {"1": "MRI"}}, "numbered from 0"),
         ({"labels": None}, "expected labels"),

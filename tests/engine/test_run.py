@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from safetensors.torch import load_file
 
 from scarceseg.config import Config
+from scarceseg.data.show import plan_dataset
 from scarceseg.engine import run as run_module
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
@@ -177,13 +179,96 @@ def test_hidden_labels_are_never_opened(tmp_path: Path) -> None:
     assert same(*results)
 
 
-def test_validation_labels_are_opened_by_validation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_case_that_cannot_be_used_is_told_before_training(tmp_path: Path) -> None:
     folder = tiny_dataset(tmp_path / "data")
-    (folder / "labelsTr" / "case_04.nii.gz").write_bytes(b"not an image")
-    config = tiny_config(folder, val=["case_04"])
-    with pytest.raises(Exception, match="case_04"):
-        train(config, tmp_path / "run")
+    label = folder / "labelsTr" / "case_04.nii.gz"
+    good = label.read_bytes()
+    label.write_bytes(b"not an image")
+    config = tiny_config(folder, val=["case_04"], iterations=1)
+    for _ in range(2):  # the folder is free for another try
+        with pytest.raises(DataError, match="case_04"):
+            train(config, tmp_path / "run")
+    with pytest.raises(DataError, match="case_04"):
+        plan_dataset(config)
+    label.write_bytes(good)
+    assert train(config, tmp_path / "run").evaluation is not None
+
+
+def test_validation_labels_are_not_opened_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning looks whether they can be used; from then to the validation they are out of reach."""
+    folder = tiny_dataset(tmp_path / "data")
+    label = folder / "labelsTr" / "case_04.nii.gz"
+    planned = run_module._plan
+
+    def then_remove(*values: Any) -> Any:
+        made = planned(*values)
+        label.write_bytes(b"not an image")
+        return made
+
+    monkeypatch.setattr(run_module, "_plan", then_remove)
+    with pytest.raises(DataError, match="case_04"):
+        train(tiny_config(folder, val=["case_04"]), tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists(), "training itself does not need validation labels"
+
+
+def test_weights_that_are_no_numbers_are_never_kept(data: Path, tmp_path: Path) -> None:
+    """The loss is looked at every `log_every` iterations, a checkpoint is written in between."""
+    config = tiny_config(data, iterations=40, checkpoint_every=1, log_every=50, optim={"lr": 1e30})
+    with pytest.raises(RunError, match="new run with a lower"):
+        train(config, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "last.pt"
+    if file.exists():
+        student = torch.load(file, weights_only=False)["student"]
+        assert all(bool(value.isfinite().all()) for value in student.values())
+
+
+def test_what_is_known_before_the_training_is_said_before_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(data, method="supervised", iterations=1, batch_norm="split"), tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    said = next(number for number, line in enumerate(lines) if "batch_norm 'split' changes nothing" in line)
+    assert said < next(number for number, line in enumerate(lines) if line.startswith("train "))
+
+
+def test_stopped_while_preparing_or_validating_goes_on(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, val=["case_03", "case_04"], iterations=2)
+    train(config, tmp_path / "whole")
+    for place, name in (("preparing", "_prepared"), ("validating", "finish")):
+        original = getattr(run_module, name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, name, lambda *values, original=original: original(*values[:-1], lambda: True))
+            with pytest.raises(Interrupted, match=place):
+                train(config, tmp_path / "cut", resume=True)
+    assert (
+        train(config, tmp_path / "cut", resume=True).evaluation
+        == train(config, tmp_path / "whole", resume=True).evaluation
+    )
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_dataset_may_be_named_relative_to_where_the_run_began(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    train(tiny_config(Path(data.name), iterations=1), tmp_path / "run")
+    assert Config.load(tmp_path / "run" / "config.yaml").dataset == str(data.resolve())
+    monkeypatch.chdir(tmp_path)
+    train(Config.load(tmp_path / "run" / "config.yaml"), tmp_path / "run", resume=True)
+
+
+def test_more_validation_cases_than_pictures_give_the_same_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_dataset(tmp_path / "data", cases=8)
+    config = tiny_config(folder, val=[f"case_{i:02d}" for i in range(4, 8)], iterations=1)
+    train(config, tmp_path / "run")
+    figures = {path.stem.split("_", 1)[0] for path in (tmp_path / "run" / "figures").glob("*.npz")}
+    assert figures == {"best", "median", "worst"}
+    for path in (tmp_path / "run" / "figures").glob("*.npz"):
+        case = path.stem.split("_", 1)[1]
+        mask = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "run" / "validation" / f"{case}.nii.gz")))
+        assert np.array_equal(np.load(path)["prediction"], mask.transpose(2, 1, 0)), case
 
 
 def test_run_folders_are_never_overwritten(data: Path, tmp_path: Path) -> None:
@@ -263,8 +348,19 @@ def test_best_checkpoint_needs_validation_cases(data: Path, tmp_path: Path) -> N
     train(tiny_config(data, select="best", val=["case_04"], validate_every=2), tmp_path / "best")
     record = json.loads((tmp_path / "best" / "checkpoints" / "best.json").read_text())
     scores = {e["iteration"]: e["dice/box1"] for e in lines(tmp_path / "best") if e["stage"] == "validation"}
+    assert list(scores) == [2, 4, 6]
     assert record["dice"] == pytest.approx(max(scores.values()))
     assert scores[record["iteration"]] == pytest.approx(record["dice"])
+    seldom = tiny_config(data, select="best", val=["case_04"], validate_every=100, iterations=3)
+    train(seldom, tmp_path / "seldom")
+    record = json.loads((tmp_path / "seldom" / "checkpoints" / "best.json").read_text())
+    assert record["iteration"] == 3, "the last weights are among those that are compared"
+    with pytest.raises(RunError, match="validate_every"):
+        train(
+            tiny_config(data, select="best", val=["case_04"], validate_every=2, iterations=3),
+            tmp_path / "seldom",
+            resume=True,
+        )
 
 
 def test_a_damaged_checkpoint_is_told(data: Path, tmp_path: Path) -> None:

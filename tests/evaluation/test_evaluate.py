@@ -164,6 +164,16 @@ def test_maps_beside_the_masks_are_passed_over(folders: tuple[Path, Path]) -> No
         evaluate(*folders)
 
 
+def test_maps_alone_and_a_prediction_that_is_not_there_are_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    predictions, references = folders
+    (tmp_path / "maps").mkdir()
+    (predictions / "a.nii.gz").rename(tmp_path / "maps" / "a_uncertainty.nii.gz")
+    with pytest.raises(DataError, match="no masks"):
+        evaluate(tmp_path / "maps", references)
+    with pytest.raises(DataError, match=r"nofile\.nii"):
+        evaluate(tmp_path / "nofile.nii", references / "a.nrrd")
+
+
 def test_one_bad_pair_keeps_the_others(folders: tuple[Path, Path], tmp_path: Path) -> None:
     good = evaluate(*folders)
     (folders[0] / "b.nii.gz").write_bytes(b"not an image")

@@ -127,7 +127,8 @@ def load_dataset(folder: Path) -> Dataset:
     if not isinstance(ending, str) or ending.lower() not in SUFFIXES:
         raise DataError(f"{path}: expected file_ending to be one of {', '.join(SUFFIXES)}, got {ending!r}")
     images = _group(folder / "imagesTr", ending, len(channels))
-    labels = {name[: -len(ending)] for name in _listing(folder / "labelsTr", missing_ok=True) if name.endswith(ending)}
+    listed = _listing(folder / "labelsTr", missing_ok=True)
+    labels = {name[: -len(ending)] for name in listed if name.endswith(ending)}
     cases = tuple(
         Case(name, files, folder / "labelsTr" / f"{name}{ending}" if name in labels else None)
         for name, files in sorted(images.items())
@@ -135,6 +136,11 @@ def load_dataset(folder: Path) -> Dataset:
     warnings = []
     if stray := sorted(labels - images.keys()):
         warnings.append(f"{folder / 'labelsTr'} has labels without an image, which are left out: {_some(stray)}")
+    if other := [name for name in listed if not name.endswith(ending) and image_suffix(Path(name))]:
+        warnings.append(
+            f"{folder / 'labelsTr'} has files that do not end in {ending} (file_ending of dataset.json) and are no labels "
+            f"therefore: {_some(other)}"
+        )
     name = facts.get("name")
     return Dataset(
         folder,
@@ -260,8 +266,8 @@ def _classes(facts: dict[str, Any], path: Path) -> tuple[str, ...]:
         if all(str(key).isdigit() for key in labels):  # nnU-Net v1: number -> name
             by_value = {int(key): str(name) for key, name in labels.items()}
         else:
-            by_value = {int(value): str(name) for name, value in labels.items()}
-    except (TypeError, ValueError):
+            by_value = {_whole(value): str(name) for name, value in labels.items()}
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{path}: expected labels to give each class a whole number, got {labels!r}") from None
     if len(by_value) != len(labels) or sorted(by_value) != list(range(len(labels))):
         raise DataError(
@@ -270,6 +276,13 @@ def _classes(facts: dict[str, Any], path: Path) -> tuple[str, ...]:
     if not 2 <= len(by_value) <= 255:
         raise DataError(f"{path}: expected 2 to 255 classes with the background, got {len(by_value)}")
     return tuple(by_value[value] for value in range(len(by_value)))
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if isinstance(value, float) and number != value:
+        raise ValueError(f"{value} is no whole number")
+    return number
 
 
 def _listing(folder: Path, *, missing_ok: bool) -> list[str]:

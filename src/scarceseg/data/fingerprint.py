@@ -61,9 +61,12 @@ class Fingerprint(BaseModel):
 def fingerprint(dataset: Dataset, split: Split) -> Fingerprint:
     """Read the images of all training cases, and the labels of the labelled ones only.
 
+    Validation cases are read too, so that one that cannot be used is told before the training and not after it; nothing of
+    them enters the facts.
+
     Args:
         dataset: gives the classes.
-        split: validation cases are not looked at.
+        split: who is what.
 
     Raises:
         DataError: a file cannot be used (see `images.read_volume` and `images.read_label`).
@@ -73,6 +76,7 @@ def fingerprint(dataset: Dataset, split: Split) -> Fingerprint:
     with ThreadPoolExecutor(2, thread_name_prefix="fingerprint") as pool:
         try:
             looks = list(pool.map(lambda case: _look(case, classes), cases))
+            list(pool.map(lambda case: _check(case, classes), split.val))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -103,6 +107,12 @@ def _look(case: Case | UnlabelledCase, classes: range) -> tuple[CaseFacts, NDArr
         class_voxels=counts,
     )
     return facts, samples, foreground
+
+
+def _check(case: Case, classes: range) -> None:
+    _, geometry = read_volume(case.images)
+    if case.label is not None:
+        read_label(case.label, classes, geometry)
 
 
 def _thin(samples: NDArray[Any], count: int) -> NDArray[Any]:

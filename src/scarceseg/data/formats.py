@@ -71,7 +71,7 @@ def check_nifti(path: Path) -> None:
             length, bad = _scan(file, block, header)
         voxels = math.prod(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
         expected = int(header["vox_offset"]) + voxels * int(header["bitpix"]) // 8
-    except (EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
+    except (EOFError, zlib.error, OSError, ValueError, OverflowError, KeyError) as error:
         raise DataError(
             f"cannot read {path}: it is truncated, damaged or not a NIfTI file ({reason(error)}); "
             "restore or export it again"

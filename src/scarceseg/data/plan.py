@@ -20,6 +20,9 @@ __all__ = ["Fingerprint", "Normalisation", "Plan", "fingerprint", "make_plan"]
 PLAN_VERSION = 1
 """Raised when the meaning of a field changes."""
 
+MOST_VOXELS = 10**9
+"""Of a prepared volume; more is a wrong spacing in a header, or in the settings."""
+
 PATCH_VOXELS = 112 * 112 * 80
 """The patch of the published LA recipes; a V-Net of 16 filters learns from four such in about 6 GB."""
 
@@ -188,7 +191,7 @@ def _check_spacing(spacing: Sequence[float], facts: Fingerprint) -> None:
         raise ConfigError(f"spacing_mm: expected millimetres above 0, got ({shown})")
     voxels = _shapes(facts, spacing).prod(axis=1)
     present = ", ".join(f"{value:g}" for value in _choose_spacing(facts))
-    if voxels.min() < 8 or voxels.max() > 1e9:
+    if voxels.min() < 8 or voxels.max() > MOST_VOXELS:
         kind, count = ("few", voxels.min()) if voxels.min() < 8 else ("many", voxels.max())
         raise ConfigError(
             f"spacing_mm: ({shown}) mm leaves a case with too {kind} voxels (about {count:.3g}, expected 8 to 1e9); "

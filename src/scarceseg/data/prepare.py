@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from scarceseg.data.cache import cache_folder, entry_path, load, store
 from scarceseg.data.dataset import Case, UnlabelledCase
 from scarceseg.data.geometry import orient, orient_geometry, resample, respace, smooth_for
 from scarceseg.data.images import read_label, read_volume
-from scarceseg.data.plan import Normalisation, Plan
+from scarceseg.data.plan import MOST_VOXELS, Normalisation, Plan
 from scarceseg.errors import DataError
 from scarceseg.types import Geometry, LabelMap, Volume
 
@@ -72,7 +73,7 @@ def prepare_volume(volume: Volume, geometry: Geometry, plan: Plan) -> tuple[Volu
         ``[C, X', Y', Z']`` float32, and its grid.
 
     Raises:
-        DataError: another number of channels than the plan has.
+        DataError: another number of channels than the plan has, or far too many voxels at its spacing.
     """
     if len(volume) != len(plan.normalisation):
         raise DataError(
@@ -81,6 +82,12 @@ def prepare_volume(volume: Volume, geometry: Geometry, plan: Plan) -> tuple[Volu
         )
     turned = orient_geometry(geometry)
     target = respace(turned, plan.spacing_mm)
+    if (voxels := math.prod(target.size)) > MOST_VOXELS:
+        size, spacing = (" x ".join(f"{v:g}" for v in values) for values in (turned.size, turned.spacing_mm))
+        raise DataError(
+            f"{size} voxels of {spacing} mm would become {voxels:.3g} voxels at the planned spacing, expected at most "
+            f"{MOST_VOXELS:.0e}: check the spacing in its header"
+        )
     prepared = np.empty((len(volume), *target.size), dtype=np.float32)
     for row, channel, how in zip(prepared, volume, plan.normalisation, strict=True):
         values = orient(normalise(channel, how), geometry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scarceseg.config import Config
@@ -22,7 +23,8 @@ def plan_dataset(config: Config) -> Plan:
     dataset = load_dataset(Path(config.dataset))
     split = make_split(dataset, config.labeled, config.val)
     divisor = divisor_of(config.network.name, config.network.args)
-    return make_plan(fingerprint(dataset, split), dataset, split, config, divisor)
+    made = make_plan(fingerprint(dataset, split), dataset, split, config, divisor)
+    return made.model_copy(update={"warnings": (*split.warnings, *made.warnings)})
 
 
 def print_plan(plan: Plan) -> None:
@@ -30,11 +32,10 @@ def print_plan(plan: Plan) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in plan.model_dump(exclude={"warnings", "normalisation", "version"}).items():
         shown = " x ".join(f"{v:g}" for v in value) if isinstance(value, tuple) and _numbers(value) else value
-        table.add_row(
-            key.replace("_", " "), ", ".join(map(str, shown)) if isinstance(shown, tuple | list) else str(shown)
-        )
+        text = ", ".join(map(str, shown)) if isinstance(shown, tuple | list) else str(shown)
+        table.add_row(key.replace("_", " "), escape(text))
     for channel, rule in zip(plan.channels, plan.normalisation, strict=True):
-        table.add_row(f"intensities of {channel}", str(rule.kind))
+        table.add_row(escape(f"intensities of {channel}"), str(rule.kind))
     console = Console()
     console.print(table)
     for warning in plan.warnings:

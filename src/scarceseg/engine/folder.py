@@ -16,9 +16,9 @@ import torch
 from scarceseg.config import Config
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.parallel import rank
-from scarceseg.errors import RunError
+from scarceseg.errors import RunError, ScarceSegError
 
-# Settings that do not change what is computed, only where and how often it is told.
+# Settings that do not change what is computed, only where and how often it is told; but `select: best` chooses among validations.
 FREE = {"device", "checkpoint_every", "log_every", "validate_every"}
 
 
@@ -42,17 +42,32 @@ def open_run(folder: Path, config: Config, resume: bool) -> bool:
     return False
 
 
+@contextmanager
+def given_back(folder: Path, resumed: bool) -> Iterator[None]:
+    """Leave the folder of a new run free for another try when it is refused inside, before anything is made."""
+    try:
+        yield
+    except ScarceSegError:
+        if not resumed and rank() == 0:
+            for name in ("config.yaml", "stages.json"):
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
 def check_same(old: Config, new: Config, folder: Path) -> None:
     """Refuse to resume with settings that would make another run of it.
 
     Raises:
         RunError: listing each setting that differs.
     """
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
+    for values in (before, after):
+        values["dataset"] = str(Path(values["dataset"]).resolve())
+    free = FREE - ({"validate_every"} if new.select == "best" else set())
     changed = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE
+        if before.get(key) != after.get(key) and key.split(".")[0] not in free
     ]
     if changed:
         raise RunError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,16 @@ class Display:
         if now - self._said >= self.every or done == self.total:
             self._said = now
             pace = (now - self._began) / max(done - self.start, 1)
-            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.total - done)))
+            minutes, seconds = divmod(round(pace * (self.total - done)), 60)
+            left = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
             print(f"{self.title} {done}/{self.total} {self._note} left {left}", file=sys.stderr, flush=True)
+
+
+def say_warnings(warnings: Sequence[str]) -> None:
+    """Show warnings where the progress is shown, on the first process only."""
+    if rank() == 0:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -136,9 +144,12 @@ class RunLog:
                 continue  # the last line of a killed process may be cut
             at = entry.get("iteration", 0)
             # A validation line carries the number of finished iterations, a training line its iteration.
-            again = {stage: at >= iteration, "validation": at > iteration}.get(entry.get("stage"), False)
-            if not again:
-                kept.append(line)
+            again = {stage: at >= iteration}
+            if stage == "train":
+                again["validation"] = at > iteration
+            if again.get(entry.get("stage"), False):
+                continue
+            kept.append(line)
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     @contextmanager

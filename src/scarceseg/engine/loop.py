@@ -218,10 +218,12 @@ class Loop:
                         task.after_step(finished)
                         self.student.train()
                     if finished % task.checkpoint_every == 0 or finished == end:
+                        self._require_finite(iteration, values)
                         self.save(finished)
                         saved = finished
                     if agreed(self.stop(), self.fabric.device) and finished < task.iterations:
                         if saved != finished:
+                            self._require_finite(iteration, values)
                             self.save(finished)
                         raise Interrupted(
                             f"stopped after iteration {finished} of {task.iterations}; --resume goes on from there"
@@ -252,14 +254,20 @@ class Loop:
             self.task.split,
         )
 
+    def _require_finite(self, iteration: int, values: dict[str, torch.Tensor]) -> None:
+        """Refuse to go on with a loss or, behind a loss that is still finite, weights that are no numbers."""
+        if math.isfinite(float(values["loss"])) and all(bool(p.isfinite().all()) for p in self.student.parameters()):
+            return
+        parts = ", ".join(f"{key}={float(value):.3g}" for key, value in values.items())
+        raise RunError(
+            f"the loss or the weights stopped being finite at iteration {iteration} ({parts}): start a new run with a lower "
+            "optim.lr, or with --precision fp32; the last checkpoint is from before"
+        )
+
     def _record(self, iteration: int, values: dict[str, torch.Tensor], lr: float, seconds: float) -> None:
         numbers = {key: float(value) for key, value in values.items()}
         if not math.isfinite(numbers["loss"]):
-            raise RunError(
-                f"the loss became {numbers['loss']} at iteration {iteration} "
-                f"({', '.join(f'{k}={v:.3g}' for k, v in numbers.items())}); lower optim.lr or use --precision fp32; "
-                "the last checkpoint is from before"
-            )
+            self._require_finite(iteration, values)
         for name, term in self.task.terms.items():
             numbers |= {f"{key}/{name}": float(value) for key, value in term.numbers().items()}
         self.log.record(self.task.stage, iteration, {"lr": lr, "seconds": round(seconds, 4), **numbers})

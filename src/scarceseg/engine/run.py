@@ -15,8 +15,8 @@ from scarceseg.data.dataset import Dataset, Split, load_dataset, make_split
 from scarceseg.data.plan import Plan, fingerprint, make_plan
 from scarceseg.data.prepare import PreparedCase, prepare_cases
 from scarceseg.engine.checkpoint import write_text
-from scarceseg.engine.folder import open_run, read_json, timed_stage, write_json
-from scarceseg.engine.logging import Display, RunLog
+from scarceseg.engine.folder import given_back, open_run, read_json, timed_stage, write_json
+from scarceseg.engine.logging import Display, RunLog, say_warnings
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
 from scarceseg.engine.parallel import check_rows, first_alone, meet, processes, rank, wait
@@ -25,7 +25,7 @@ from scarceseg.engine.seeds import seed_init
 from scarceseg.engine.statistics import pool_statistics
 from scarceseg.engine.validation import Validation, finish
 from scarceseg.engine.workspace import Workspace, patch_sampler
-from scarceseg.errors import RunError
+from scarceseg.errors import ConfigError, Interrupted, RunError
 from scarceseg.foundation.load import check_foundation
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms
@@ -67,6 +67,9 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     meet(uses_cuda(config))
     dataset, split = first_alone(lambda: _data(config))
     config = settle_foundations(config, len(split.labelled))
+    config = config.model_copy(update={"dataset": str(Path(config.dataset).resolve())})
+    if config.select == "best" and not split.val:
+        raise ConfigError("select: best needs validation cases: name them with --val, or keep select: last")
     divisor = divisor_of(config.network.name, config.network.args)
     if not (resume and (folder / "config.yaml").exists()):  # a run that goes on may be past the stages that need them
         for name in {name for names in foundation_models(config).values() for name in names}:
@@ -74,11 +77,13 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     resumed = first_alone(lambda: open_run(folder, config, resume))
     with stop_signals() as stop:
         warnings = [*split.warnings, *_useless(config, method_terms)]
-        with timed_stage(folder, "prepare"):
+        with given_back(folder, resumed), timed_stage(folder, "prepare"):
             plan = first_alone(lambda: _plan(config, dataset, split, folder, divisor, resumed))
+        with timed_stage(folder, "prepare"):
             warnings += plan.warnings
-            cases = _prepared(split, plan, cache)
-        terms = _terms(config, method_terms, split, plan, warnings)
+            terms = _terms(config, method_terms, split, plan, warnings)
+            say_warnings(warnings)
+            cases = _prepared(split, plan, cache, stop)
         _train_stage(config, folder, split, plan, cases, terms, stop, cache, warnings)
         if rank() > 0:
             return RunResult(folder, None, ())
@@ -93,16 +98,22 @@ def _data(config: Config) -> tuple[Dataset, Split]:
     return dataset, make_split(dataset, config.labeled, config.val)
 
 
-def _prepared(split: Split, plan: Plan, cache: Path | None) -> dict[str, PreparedCase]:
+def _prepared(split: Split, plan: Plan, cache: Path | None, stop: Callable[[], bool]) -> dict[str, PreparedCase]:
     """All cases; with several processes each prepares its share first, and finds the others in the cache."""
     if processes() > 1:
         share = slice(rank(), None, processes())
         prepare_cases(split.labelled[share], split.unlabelled[share], plan, cache)
         wait()
     with Display("prepare", 0, len(split.labelled) + len(split.unlabelled)) as display:
-        return prepare_cases(
-            split.labelled, split.unlabelled, plan, cache, lambda done, _, name: display.update(done, note=name)
-        )
+
+        def tell(done: int, _: int, name: str) -> None:
+            display.update(done, note=name)
+            if stop():
+                raise Interrupted(
+                    "stopped while preparing volumes; those that are done are kept, --resume goes on from there"
+                )
+
+        return prepare_cases(split.labelled, split.unlabelled, plan, cache, tell)
 
 
 def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
@@ -129,7 +140,12 @@ def _plan(
                 f"the cases of {dataset.folder} are not those the run {folder} was started with ({split_file}): "
                 "restore the dataset, or start a new run"
             )
-        return Plan.model_validate_json(plan_file.read_text(encoding="utf-8"))
+        try:
+            return Plan.model_validate_json(plan_file.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise RunError(
+                f"cannot read {plan_file} ({str(error).splitlines()[0]}): restore it, or start a new run"
+            ) from None
     plan = make_plan(fingerprint(dataset, split), dataset, split, config, divisor)
     write_json(split_file, split.to_json())
     write_text(plan_file, plan.model_dump_json(indent=1) + "\n")
@@ -247,7 +263,7 @@ def _train_stage(
     }
     save_model(folder, student, config.network, plan, summary)
     with timed_stage(folder, "validate"):
-        finish(folder, split, config.device)
+        finish(folder, split, config.device, stop)
         keep_pool(work, terms)
 
 

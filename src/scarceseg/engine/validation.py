@@ -20,18 +20,14 @@ from scarceseg.data.prepare import PreparedCase, prepare_cases
 from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.engine.folder import read_json, write_json
 from scarceseg.engine.logging import Display, RunLog
-from scarceseg.errors import ConfigError
+from scarceseg.errors import Interrupted
 from scarceseg.inference.predictor import Prediction, Predictor
 from scarceseg.inference.sliding import sliding_window
 from scarceseg.types import Geometry
 
 
 class Validation:
-    """Dice on the validation cases every so many iterations, on the prepared grid, and the best weights so far.
-
-    Raises:
-        ConfigError: `select: best` without validation cases.
-    """
+    """Dice on the validation cases every so many iterations, on the prepared grid, and the best weights so far."""
 
     def __init__(
         self,
@@ -43,8 +39,6 @@ class Validation:
         fabric: Fabric,
         cache: Path | None,
     ) -> None:
-        if config.select == "best" and not cases:
-            raise ConfigError("select: best needs validation cases: name them with --val, or keep select: last")
         self.config, self.cases, self.plan = config, cases, plan
         self.folder, self.log, self.fabric, self.cache = folder, log, fabric, cache
         self.every = config.validate_every or (max(config.iterations // 10, 1) if config.select == "best" else 0)
@@ -61,7 +55,8 @@ class Validation:
             return None
 
         def after_step(finished: int) -> None:
-            if finished % self.every == 0:
+            last = finished == self.config.iterations and self.config.select == "best"
+            if finished % self.every == 0 or last:
                 self.validate(student, finished)
 
         return after_step
@@ -101,38 +96,55 @@ class Validation:
             load_model(student, self.best_file)
 
 
-def finish(folder: Path, split: Split, device: str) -> None:
+SHOWN = 3
+"""Cases with a picture in the report."""
+
+Seen = tuple[np.ndarray, Prediction, Geometry]
+"""First channel of a case, what the network says of it, and the grid of both."""
+
+
+def finish(folder: Path, split: Split, device: str, stop: Callable[[], bool] | None = None) -> None:
     """Predict the validation cases as `predict` would, evaluate them, and keep pictures of a few cases.
 
     Without validation cases, three unlabelled ones are predicted for the pictures.
+
+    Raises:
+        Interrupted: `stop` said so.
     """
     predictor = Predictor(folder, device=device)
     shown: list[tuple[Any, Path | None]] = [(case, case.label) for case in split.val]
     if not shown:
-        shown = [(case, None) for case in split.unlabelled[:3]]
+        shown = [(case, None) for case in split.unlabelled[:SHOWN]]
     target = folder / "validation"
     target.mkdir(exist_ok=True)
-    kept: dict[str, tuple[np.ndarray, Prediction, Geometry, Path | None]] = {}
-    with Display("validate", 0, len(shown)) as display:
-        for number, (case, reference) in enumerate(shown, 1):
-            volume, geometry = read_volume(case.images)
-            prediction = predictor.predict_volume(volume, geometry)
+    cases = {case.name: (case.images, reference) for case, reference in shown}
+    kept: dict[str, Seen] = {}
+
+    def see(name: str) -> Seen:
+        volume, geometry = read_volume(cases[name][0])
+        return volume[0], predictor.predict_volume(volume, geometry), geometry
+
+    with Display("validate", 0, len(cases)) as display:
+        for number, name in enumerate(cases, 1):
+            if stop is not None and stop():
+                raise Interrupted("stopped while validating; --resume goes on from there")
+            image, prediction, geometry = see(name)
             if split.val:
-                write_image(prediction.label, geometry, target / f"{case.name}.nii.gz")
-            kept[case.name] = (volume[0], prediction, geometry, reference)
-            display.update(number, note=case.name)
-    names = list(kept)
-    if split.val:
-        names = _evaluate(folder, split.val, target)
+                write_image(prediction.label, geometry, target / f"{name}.nii.gz")
+            if len(cases) <= SHOWN:  # more would fill the memory; those that are shown are predicted again
+                kept[name] = image, prediction, geometry
+            display.update(number, note=name)
+    names = _evaluate(folder, split.val, target) if split.val else list(cases)
     (folder / "figures").mkdir(exist_ok=True)
     for rank, name in names_with_rank(names):
-        image, prediction, geometry, reference = kept[name]
-        _figure(folder / "figures" / f"{rank}_{name}.npz", name, rank, image, prediction, geometry, reference)
+        image, prediction, geometry = kept[name] if name in kept else see(name)
+        path = folder / "figures" / f"{rank}_{name}.npz"
+        _figure(path, name, rank, image, prediction, geometry, cases[name][1])
 
 
 def names_with_rank(names: list[str]) -> list[tuple[str, str]]:
     """Best, median and worst of names sorted from worst to best; with three or fewer, all of them."""
-    if len(names) <= 3:
+    if len(names) <= SHOWN:
         return [(f"case{i}", name) for i, name in enumerate(names)]
     return [("best", names[-1]), ("median", names[len(names) // 2]), ("worst", names[0])]
 

@@ -107,6 +107,8 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
     """Prediction and reference file of each case, sorted by name, and warnings."""
     if predictions.is_file() and references.is_file():
         return {_case_name(predictions): (predictions, references)}, []
+    if not predictions.exists():
+        raise DataError(f"there are no predictions at {predictions}: check the path")
     if references.is_file():
         raise DataError(
             f"expected a folder of references for the folder {predictions}, got the file {references}; "
@@ -118,6 +120,11 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
     known = _label_files(references, "references")
     maps = {name for name in found.keys() - known.keys() if _is_map(name, known)}
     found = {case: path for case, path in found.items() if case not in maps}
+    if not found:
+        raise DataError(
+            f"{predictions} has maps of {_some(sorted(maps))} and no masks: expected label files named like their references, "
+            f"such as {next(iter(known))!r}; run predict again or give the folder with the masks"
+        )
     if missing := sorted(found.keys() - known.keys()):
         raise DataError(
             f"{len(missing)} of {len(found)} predictions have no reference of the same name in {references}: "

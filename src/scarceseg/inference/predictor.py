@@ -169,6 +169,8 @@ def pick_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in {"cpu", "cuda", "mps"}:
         raise RunError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RunError(f"device {name!r}: this machine has no Apple GPU that PyTorch can use; take cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RunError(
             f"device {name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; take cpu or auto"

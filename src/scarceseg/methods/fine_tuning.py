@@ -64,7 +64,7 @@ class TuningOptions(PseudoLabelOptions):
     tune_iterations: int | None = Field(None, ge=1)
     tune_lr: float | None = Field(None, gt=0)
     tune_weight_decay: float = Field(0.1, ge=0)
-    tune_power: float = 0.9
+    tune_power: float = Field(0.9, ge=0)
     tune_warmup: int = Field(20, ge=0)
     tune_clip: float | None = Field(1.0, gt=0)
     tune_rows: int = Field(2, ge=1)
