@@ -281,6 +281,17 @@ def test_the_models_are_shown_the_chosen_channel() -> None:
     assert torch.equal(model.embedded[0], image[:, 1:])
 
 
+def test_a_dense_prompt_is_given_once_and_then_the_model_corrects_its_own_answer() -> None:
+    model = Stub(ball(CENTRES[1], 1.5).float())
+    term_of(model, gate=False, prompts=["mask", "point"], clicks=1, corrections=2).loss(step_of(logits_of({1: 4.0})))
+    assert [prompts[0].mask is not None for _, prompts in model.asked] == [True, False, False]
+    right = Stub(echo=True)
+    term_of(right, gate=False, prompts=["mask"], corrections=1).loss(step_of(logits_of({1: 4.0})))
+    assert all(prompts[0].mask is not None for _, prompts in right.asked), (
+        "an answer as wished is asked for again as it was"
+    )
+
+
 def test_corrections_are_clicked_where_the_answer_differs_from_the_student() -> None:
     model = Stub(ball(CENTRES[1], 1.5).float())
     term_of(model, gate=False, prompts=["point"], clicks=1, corrections=2).loss(step_of(logits_of({1: 4.0})))

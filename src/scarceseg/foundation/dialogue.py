@@ -6,7 +6,7 @@ All that is asked comes from the probability map it is handed; there is no place
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,7 +35,8 @@ class Asking:
             takes the mean of the answers (SemiSAM+).
         clicks: inside the mask, where the student is sure.
         outside: clicks outside, around it.
-        corrections: further clicks, one at a time, where the model's answer and the student's mask differ most.
+        corrections: further clicks, one at a time, where the model's answer and the student's mask differ most. From the first
+            on the model goes on from its own answer, so that a dense prompt is given once, at the start.
         threshold: of the student's probability.
         confident: from it on the student is sure.
         margin_voxel: of the box.
@@ -168,11 +169,12 @@ def _corrected(
     spacing_mm: Spacing,
     generator: torch.Generator | None,
 ) -> list[Prompt]:
-    """The prompts with one more click each; one whose answer is as wished stays as it is."""
-    return [
-        combine(prompt, correction_clicks(want, got > 0.5, spacing_mm=spacing_mm, generator=generator))
-        for prompt, want, got in zip(prompts, wished, given, strict=True)
-    ]
+    """The prompts with one more click each, and without a dense mask; one whose answer is as wished stays as it is."""
+    corrected = []
+    for prompt, want, got in zip(prompts, wished, given, strict=True):
+        click = correction_clicks(want, got > 0.5, spacing_mm=spacing_mm, generator=generator)
+        corrected.append(prompt if click is None else replace(combine(prompt, click), mask=None))
+    return corrected
 
 
 def _quality(masks: Masks) -> torch.Tensor:

@@ -19,7 +19,8 @@ class UaMtOptions(MeanTeacherOptions):
     """Options of UA-MT.
 
     Attributes:
-        passes: Monte-Carlo passes of the teacher with dropout and noise.
+        passes: Monte-Carlo passes of the teacher with dropout and noise; with ``teacher_norm: running`` they differ by the noise
+            alone.
         passes_per_forward: how many of them share one forward pass (and its batch statistics); 2 as published.
     """
 
