@@ -56,7 +56,7 @@ def training_code(method: str) -> tuple[str, ...]:
     terms = [METHODS.get(name) for name in parse_method(method)]
     waiting = [*TRAINING, *(_file_of(kind.__module__) for kind in terms)]
     found: set[str] = set()
-    for model in {name for kind in terms for name in (kind.foundation, kind.foundation_of_one) if name}:
+    for model in {name for kind in terms for labels in (1, 2) if (name := kind.usual_foundation({}, labels))}:
         file = model.replace("-", "_")
         waiting.append(f"foundation/{file}.py")
         found.add(f"foundation/weights_data/{file}.safetensors")
