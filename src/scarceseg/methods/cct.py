@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -34,7 +34,7 @@ class CctOptions(TermOptions):
     supervision: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> CctOptions:
         if self.drop_low > self.drop_high:
             raise ValueError(f"expected drop_low <= drop_high, got {self.drop_low:g} and {self.drop_high:g}")
         return self

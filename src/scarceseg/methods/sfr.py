@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class SfrOptions(TuningOptions):
     """Options of SFR; those of the tuning and of the loss."""
 
     @model_validator(mode="after")
-    def _crops(self) -> Self:
+    def _crops(self) -> SfrOptions:
         if self.labels == "crop" and self.largest_component:
             raise ValueError(
                 "largest_component is of whole volumes, labels: crop labels patches; expected one or the other: leave one out"

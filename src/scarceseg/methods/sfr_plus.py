@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -44,7 +44,7 @@ class SfrPlusOptions(SfrOptions):
     sure: Literal["ignore", "student"] = "ignore"
 
     @model_validator(mode="after")
-    def _own(self) -> Self:
+    def _own(self) -> SfrPlusOptions:
         if self.labels == "crop" and self.sure == "student":
             raise ValueError(
                 "sure: 'student' needs the student's labels of whole volumes, labels: crop has none; expected one or the other"
