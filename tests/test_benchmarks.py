@@ -24,7 +24,7 @@ def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", METHODS.names())
 def test_a_result_depends_on_files_that_exist(common: ModuleType, method: str) -> None:
     parts = common.training_code(method)
     assert all((common.PACKAGE / part).is_file() for part in parts), parts
