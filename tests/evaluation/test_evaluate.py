@@ -216,6 +216,9 @@ def test_bad_arguments(folders: tuple[Path, Path], tmp_path: Path) -> None:
         evaluate(*folders, units="cm")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="empty.*'skip'"):
         evaluate(*folders, empty="skip")  # type: ignore[arg-type]
+    for value in (0, 300, -1):
+        with pytest.raises(ConfigError, match=f"1 to 255, got y: {value}"):
+            evaluate(*folders, classes={"x": 1, "y": value})
     with pytest.raises(DataError, match="no predictions at"):
         evaluate(tmp_path / "nowhere", folders[1])
     (tmp_path / "bare").mkdir()

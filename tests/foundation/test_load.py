@@ -142,6 +142,40 @@ def test_unknown_and_broken_files(tmp_path: Path) -> None:
     assert not report.ok and report.problem and "pos_embed is missing" in report.text
 
 
+@pytest.mark.parametrize("content", [b"Repository not found", b".", b"\x80", b"K", b"X\xff", b"J\x01", b""])
+def test_a_page_in_place_of_weights_is_one_message(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "weights.pth").write_bytes(content)
+    for call in (identify, check, load_foundation):
+        with pytest.raises(DataError, match=r"weights\.pth"):
+            call(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("tiny-sam", "{oops"),
+        ("tiny-sam", '{"vision_config": {"hidden_size": "x"}}'),
+        ("tiny-sam3d", '{"widths": [1, 2]}'),
+        ("tiny-sam3d", '{"norm": 0}'),
+    ],
+)
+def test_our_own_file_with_a_damaged_description_is_told(tmp_path: Path, kind: str, config: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "own.safetensors", metadata={"kind": kind, "config": config})
+    report = check(tmp_path / "own.safetensors")
+    assert report.kind == kind and not report.ok and report.problem
+    with pytest.raises(DataError):
+        load_foundation(tmp_path / "own.safetensors")
+
+
+def test_what_tuning_a_volumetric_model_leaves_is_no_sam() -> None:
+    encoder = {
+        "image_encoder.blocks.0.attn.qkv.lora.q.a": torch.zeros(4, 8),
+        "mask_decoder.iou_token.weight": torch.zeros(1, 8),
+    }
+    assert kind_of(encoder, {}) == "unknown"
+    assert kind_of({"mask_decoder.output_upscaling.0.weight": torch.zeros(8, 2, 2, 2, 2)}, {}) == "unknown"
+
+
 def test_pickled_hugging_face_folder(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -360,6 +360,28 @@ def test_boxes_are_filled_on_the_half_grid() -> None:
     assert found[0].sum() == 3 * 1 * 3 and found[1].sum() == 0 and found[2].sum() == 24
 
 
+@pytest.mark.parametrize(
+    ("size", "spacing", "low", "high"),
+    [
+        ((160, 160, 20), (0.9, 0.9, 5.0), 2, 2),
+        ((160, 160, 20), (0.9, 0.9, 5.0), 2, 4),
+        ((64, 64, 5), (1.0, 1.0, 10.0), 2, 2),
+        ((256, 256, 24), (1.0, 1.0, 6.0), 4, 4),
+    ],
+)
+def test_a_box_of_thick_slices_keeps_its_thickness(
+    size: tuple[int, int, int], spacing: tuple[float, float, float], low: int, high: int
+) -> None:
+    grid = Grid.fit(size, spacing, 112)
+    box = grid.box(torch.tensor([[10, 10, low], [50, 50, high]]))
+    scale = grid.seen[2] / size[2]
+    assert scale > 2, "the slices are thick"
+    assert float(box[1, 2] - box[0, 2]) + 1 == pytest.approx(scale * (high - low + 1))
+    half = torch.Size([n // 2 for n in grid.seen])
+    planes = int(_inside_box(box[None], half)[0, 0].flatten(0, 1).any(0).sum())
+    assert abs(planes - scale * (high - low + 1) / 2) <= 1 and planes > 0
+
+
 def test_similarity_is_the_cosine_with_the_most_similar_click() -> None:
     head = small_net().head
     heads, width = SMALL_3D.similarities, SMALL_3D.similarity_width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from scarceseg.data.images import write_image
+from scarceseg.errors import DataError
 from scarceseg.evaluation.compare import compare
 from scarceseg.report import viewers
+from scarceseg.report.folder import read_arrays, without_rank
 from scarceseg.types import Geometry
 from tests.report.fake_run import make_run
 from tests.report.test_build import NASTY, Page, assert_self_contained
@@ -37,6 +40,21 @@ def as_benchmark(run: Path) -> None:
     for name, change in (("plan.json", {"dataset": "LA"}), ("split.json", {"labelled": ["one"]})):
         values = json.loads((run / name).read_text())
         (run / name).write_text(json.dumps(values | change))
+
+
+def test_a_bracket_in_the_name_of_a_case_is_no_rank(tmp_path: Path) -> None:
+    assert without_rank("scan (1)") == "scan (1)" and without_rank("scan (1) (best)") == "scan (1)"
+    assert without_rank("la_07 (median)") == "la_07"
+
+
+def test_a_damaged_picture_file_is_one_message(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "a.npz", title="a", image=rng.normal(size=(20, 20, 20)))
+    whole = (tmp_path / "a.npz").read_bytes()
+    for place in range(100, len(whole), len(whole) // 60):
+        (tmp_path / "a.npz").write_bytes(whole[:place] + b"\xff\x07" + whole[place + 2 :])
+        with suppress(DataError):
+            read_arrays(tmp_path / "a.npz")
 
 
 def test_means_tests_and_runs(tmp_path: Path) -> None:

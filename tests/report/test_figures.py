@@ -14,6 +14,7 @@ from scarceseg.report.encode import png_uri
 from scarceseg.report.figures import (
     CLASS_COLOURS,
     PATIENT_VIEWS,
+    _score,
     best_view,
     chosen_slices,
     mask_strip,
@@ -84,6 +85,13 @@ def test_slices_and_views_show_what_there_is() -> None:
     assert best_view(shown).axis != 2  # both classes lie in one x-z or y-z plane
     nothing = picture(label.astype(np.float32), {"prediction": label * 0})
     assert peak(nothing, axial) == 20 and chosen_slices(nothing, axial, 500) == list(range(40))
+
+
+def test_a_class_counts_where_there_is_no_background() -> None:
+    label = np.ones((8, 8, 10), np.uint8)
+    label[:, :, 7:] = 2
+    shown = picture(label.astype(np.float32), {"prediction": label})
+    assert _score(shown, shown.views[0]).tolist() == [1.0] * 10
 
 
 def test_layers_are_clear_outside_of_the_mask() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import ConfigError, DataError, RunError
-from scarceseg.evaluation.comparison import OVERALL, Comparison, Group, Scope, Spread, pick
+from scarceseg.evaluation.comparison import OVERALL, Comparison, Group, Scope, Spread, matched, pick
 from scarceseg.evaluation.comparison_tables import to_csv
 from scarceseg.evaluation.metrics import METRICS
 from scarceseg.evaluation.paired import MIN_CASES, corrected, paired_test
@@ -180,7 +180,7 @@ def _test(comparison: Comparison, baseline: str) -> None:
             pairs += [(group, reference)] if not group.untested else []
     for scope in comparison.scopes:
         for metric in METRICS:
-            tests = [paired_test(a.by_case(scope, metric), b.by_case(scope, metric)) for a, b in pairs]
+            tests = [paired_test(*matched(a, b, scope, metric)) for a, b in pairs]
             for (group, _), test in zip(pairs, corrected(tests), strict=True):
                 group.tests.setdefault(scope, {})[metric] = test
     if len(pairs) > 1:
@@ -195,7 +195,8 @@ def _baseline_run(comparison: Comparison, baseline: str) -> Group:
         if any(run.folder.resolve() == folder for run in group.runs):
             return group
     if _is_run(baseline):
-        raise RunError(f"--baseline: {'; '.join(note for note in comparison.warnings if baseline in note)}")
+        about = [note for note in comparison.warnings if str(Path(baseline)) in note] or comparison.warnings
+        raise RunError(f"--baseline: {'; '.join(about)}")
     raise ConfigError(
         f"--baseline {baseline!r}: expected a run folder, or a method of the runs compared, which are "
         f"{', '.join(dict.fromkeys(group.method for group in comparison.groups))}"

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from scarceseg.evaluation.paired import PairedTest
 from scarceseg.evaluation.published import Benchmark, row_metrics
 from scarceseg.evaluation.result import ClassMetrics, Units, finite_mean
@@ -111,6 +113,30 @@ class Group:
             rows = [pick(run.cases[case], scope, metric) for run in self.runs]
             values[case] = finite_mean(rows)
         return values
+
+    def by_class(self, case: str, metric: str) -> dict[str, float]:
+        """Mean over the seeds for each class of a case; NaN where it is undefined in any of them."""
+        found = {name for run in self.runs for name in run.cases[case]}
+        return {
+            name: float(np.mean([run.cases[case].get(name, {}).get(metric, math.nan) for run in self.runs]))
+            for name in sorted(found)
+        }
+
+
+def matched(group: Group, baseline: Group, scope: Scope, metric: str) -> tuple[dict[str, float], dict[str, float]]:
+    """One value a case of two groups of the same cases, both over the classes that are defined in every run of both.
+
+    A distance is undefined where a mask is empty; averaged over different classes, a method that misses the hardest of them
+    would seem the better one. Cases without a class in common are NaN.
+    """
+    values: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for case in group.cases:
+        sides = [side.by_class(case, metric) for side in (group, baseline)]
+        names = [scope] if scope is not None else sorted(sides[0].keys() & sides[1].keys())
+        common = [name for name in names if all(math.isfinite(side.get(name, math.nan)) for side in sides)]
+        for side, kept in zip(sides, values, strict=True):
+            kept[case] = finite_mean(side[name] for name in common)
+    return values
 
 
 @dataclass

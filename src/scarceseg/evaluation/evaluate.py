@@ -65,7 +65,7 @@ def evaluate(
         workers: cases compared at the same time; None takes one a processor, eight at most.
 
     Raises:
-        ConfigError: `units` or `empty` is none of the known words.
+        ConfigError: `units` or `empty` is none of the known words, or a value in `classes` is not one of 1 to 255.
         DataError: nothing to compare, or a prediction has no reference.
         IncompleteEvaluation: a file is unreadable, its pair lies on another grid, or it has a value that is no class.
             Raised after the other cases are computed and written.
@@ -73,6 +73,8 @@ def evaluate(
     """
     _check_word("units", units, get_args(Units))
     _check_word("empty", empty, get_args(Empty))
+    if wrong := [f"{name}: {value}" for name, value in (classes or {}).items() if not 1 <= value <= 255]:
+        raise ConfigError(f"classes: expected label values of foreground classes, 1 to 255, got {wrong[0]}")
     pairs, warnings = _pairs(predictions, references)
     names = dict(classes) if classes is not None else _class_values(references)
 
@@ -181,6 +183,8 @@ def _class_values(references: Path) -> dict[str, int] | None:
             f'{path}: expected labels such as {{"background": 0, "heart": 1}}, one whole number a class; correct the '
             "file, or move it away to have the classes named by their number"
         ) from None
+    if wrong := [value for value in values.values() if not 0 <= value <= 255]:
+        raise DataError(f"{path}: expected class values from 0 to 255, got {wrong[0]}; correct the file")
     return {name: value for name, value in values.items() if value != 0}
 
 

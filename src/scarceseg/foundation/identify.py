@@ -116,7 +116,12 @@ def kind_of(state: Shapes, metadata: Mapping[str, str]) -> Kind:
         return "sam-hf"
     if not parts & {"image_encoder", "prompt_encoder", "mask_decoder"}:
         return "unknown"
+    upscaling = [tensor for name, tensor in state.items() if name.startswith("mask_decoder.output_upscaling.")]
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("image_encoder.")}
+    if any(".lora." in name or ".adapter." in name for name in state) or (
+        not encoder and any(tensor.ndim == 5 for tensor in upscaling)
+    ):
+        return "unknown"  # what the tuning of a volumetric model leaves: parts alone
     if not encoder or any(name.startswith("image_encoder.adapters.") for name in encoder):
         return "sam-tuned"
     is_3d = any(name.endswith("rel_pos_d") or tensor.ndim == 5 for name, tensor in encoder.items())

@@ -53,8 +53,11 @@ def _sam_layout(state: Shapes, metadata: Mapping[str, str]) -> Layout:
     from scarceseg.foundation.sam_keys import FOURIER, is_hugging_face, to_official
 
     config = _sam_config(state, metadata)
-    with torch.device("meta"):
-        expected: dict[str, torch.Tensor] = dict(SamModel(config).state_dict())
+    try:
+        with torch.device("meta"):
+            expected: dict[str, torch.Tensor] = dict(SamModel(config).state_dict())
+    except Exception as error:  # a network of impossible sizes fails in many ways
+        raise DataError(f"its configuration describes no SAM ({error}); get the file again") from None
     if not is_hugging_face(state):
         expected = to_official(expected)
     elif FOURIER[0] in state or FOURIER[1] in state:
@@ -78,7 +81,10 @@ def _sam_config(state: Shapes, metadata: Mapping[str, str]) -> Any:
     from scarceseg.foundation.sam_config import sam_config_from_state
 
     if "config" in metadata:  # our own files carry theirs
-        return SamConfig.from_dict(json.loads(metadata["config"]))
+        try:
+            return SamConfig.from_dict(json.loads(metadata["config"]))
+        except Exception as error:  # the library checks each field in its own way
+            raise DataError(f"its configuration cannot be read ({error}); get the file again") from None
     heads = metadata.get("decoder_heads", "")
     try:
         return sam_config_from_state(state, int(heads) if heads.isdigit() else None)
@@ -129,10 +135,11 @@ def _tiny3d_layout(metadata: Mapping[str, str]) -> Layout:
 
     try:
         config = TinySam3DConfig.from_dict(json.loads(metadata.get("config", "{}")))
-    except (ValueError, TypeError, AttributeError) as error:
+        with torch.device("meta"):
+            expected = TinySam3DNet(config).state_dict()
+    except Exception as error:  # a network of impossible sizes fails in many ways
         raise DataError(f"its configuration cannot be read ({error}); get the file again") from None
-    with torch.device("meta"):
-        return TinySam3DNet(config).state_dict(), {"full": config.full, "widths": list(config.widths)}
+    return expected, {"full": config.full, "widths": list(config.widths)}
 
 
 def _tuned_layout(state: Shapes) -> Layout:

@@ -29,6 +29,7 @@ from scarceseg.foundation.base import (
     freeze,
 )
 from scarceseg.foundation.clicks import error_distances
+from scarceseg.foundation.prompts import resize_prompt
 from scarceseg.foundation.tiny_sam3d_net import (
     MULTIPLE,
     EncodedPrompt,
@@ -95,6 +96,15 @@ class Grid:
         """Voxel indices ``[..., 3]`` of the volume as (broken) indices of the model's grid."""
         scale = voxels.new_tensor([m / n for n, m in zip(self.size, self.seen, strict=True)])
         return (voxels + 0.5) * scale - 0.5
+
+    def box(self, corners: torch.Tensor) -> torch.Tensor:
+        """First and last voxel ``[2, 3]`` of a box in the volume as (broken) indices of the model's grid.
+
+        The outer edges of the two voxels are kept, so that a box of one thick slice stays as thick on a finer grid.
+        """
+        moved = resize_prompt(Prompt(box_voxel=corners.float()), self.size, self.seen).box_voxel
+        assert moved is not None
+        return moved
 
 
 class TinySam3D(Promptable):
@@ -246,7 +256,7 @@ class TinySam3D(Promptable):
             points[row, : len(places)] = grid.places(places.to(device).float())
             labels[row, : len(inside)] = inside.to(device).long()
             if prompt.box_voxel is not None:
-                boxes[row] = grid.places(prompt.box_voxel.to(device).float())
+                boxes[row] = grid.box(prompt.box_voxel.to(device))
         given = torch.tensor([prompt.mask is not None for prompt in prompts], device=device)
         if memory is None and not given.any():
             return EncodedPrompt(points, labels, boxes, None, given.float())
@@ -310,7 +320,7 @@ def read_tiny_sam3d(path: Path) -> TinySam3DNet:
     try:
         network = TinySam3DNet(TinySam3DConfig.from_dict(json.loads(about["config"])))
         network.load_state_dict({key: value.float() for key, value in state.items()})
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
+    except Exception as error:  # a network of impossible sizes fails in many ways
+        reason = f"no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [""])[-1].strip()
         raise DataError(f"{path} does not fit {KIND}: {reason}; get it again") from None
     return network

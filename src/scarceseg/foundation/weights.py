@@ -281,7 +281,7 @@ def _read_pickled(path: Path, device: str) -> Tensors:
             f"{path} holds more than tensors{named} or is no file of weights: code in a file is never run; "
             "save the state dict alone, best as .safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # on bytes that are no pickle the unpickler raises whatever it stumbles over
         line = next(iter(str(error).strip().splitlines()), "")
         why = f" ({line})" if len(line) > 10 else ""
         raise DataError(f"cannot read {path}: it is damaged or no file of weights{why}; get it again") from None

@@ -116,6 +116,10 @@ def segment(
     array, geometry = _read(image, channel)
     prompt = make_prompt(geometry, points, negative, box, None if first is None else _read_mask(first, geometry), frame)
     chosen = pick_device(device)
+    if isinstance(foundation, Promptable) and options:
+        raise ConfigError(
+            f"{', '.join(options)}: a model that is loaded already takes no options, give them to load_foundation"
+        )
     model = foundation if isinstance(foundation, Promptable) else load_foundation(foundation, **options)
     if not isinstance(model, Promptable):
         raise ConfigError(f"{foundation} can be tuned but takes no prompts: choose a promptable model")

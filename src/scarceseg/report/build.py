@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -78,7 +79,7 @@ def build_report(run: Path) -> Path:
         "suggested": suggested,
         "stages": stage_rows(record),
         "total_time": duration(record.seconds),
-        "run_path": str(run),
+        "run_path": shlex.quote(str(run)),
         "config_text": record.config_text,
         "environment_text": _pretty(record.environment),
         "plan_text": _pretty(record.plan),

@@ -29,7 +29,7 @@ from scarceseg.evaluation.tables import OVERLAPS
 from scarceseg.report.build import class_legend, write_page
 from scarceseg.report.charts import Group as Boxes
 from scarceseg.report.charts import box_plot
-from scarceseg.report.folder import ShownCase, read_case
+from scarceseg.report.folder import ShownCase, read_case, read_title, without_rank
 from scarceseg.report.numbers import heading, show
 from scarceseg.report.viewers import compare_viewer, within_budget
 
@@ -184,44 +184,45 @@ def _shown_cases(
     groups = comparison.groups[:MOST_GROUPS]
     kept = {id(group): _kept(group.runs[0].folder, warnings) for group in groups}
     found: dict[str, tuple[ShownCase, Masks]] = {}
-    for cases in kept.values():
-        for title, case in cases.items():
+    for paths in kept.values():
+        for title, path in paths.items():
             if title in found or len(found) == MOST_CASES:
                 continue
-            masks = {names[id(group)]: _mask(group, kept[id(group)], case, warnings) for group in groups}
+            try:
+                case = replace(read_case(path), title=title)
+            except DataError as error:
+                warnings.append(str(error))
+                continue
+            masks = {names[id(group)]: _mask(group, kept[id(group)].get(title), case, warnings) for group in groups}
             there = {name: mask for name, mask in masks.items() if mask is not None}
             if len(there) >= min(2, len(groups)):
                 found[title] = (case, there)
     return list(found.values())
 
 
-def _kept(run: Path, warnings: list[str]) -> dict[str, ShownCase]:
-    """Cases of ``figures`` by name; a title may carry a rank in brackets behind it."""
-    cases = {}
+def _kept(run: Path, warnings: list[str]) -> dict[str, Path]:
+    """Files of ``figures`` by case; they are opened one at a time, as each holds a whole volume."""
+    paths = {}
     for path in sorted((run / "figures").glob("*.npz")):
         try:
-            case = read_case(path)
+            paths[without_rank(read_title(path))] = path
         except DataError as error:
             warnings.append(str(error))
-            continue
-        name = case.title.rsplit(" (", 1)[0]
-        cases[name] = replace(case, title=name)
-    return cases
+    return paths
 
 
-def _mask(group: Group, kept: Mapping[str, ShownCase], case: ShownCase, warnings: list[str]) -> Any:
-    """The mask of a group's first run for a case, or None."""
-    own = kept.get(case.title)
+def _mask(group: Group, own: Path | None, case: ShownCase, warnings: list[str]) -> Any:
+    """The mask of a group's first run for a case, from what it kept for pictures or from its validation, or None."""
     file = group.runs[0].folder / "validation" / f"{case.title}.nii.gz"
-    if own is not None:
-        mask = own.prediction
-    elif file.is_file():
-        try:
+    try:
+        if own is not None:
+            mask = read_case(own).prediction
+        elif file.is_file():
             mask = read_image(file)[0]
-        except DataError as error:
-            warnings.append(str(error))
+        else:
             return None
-    else:
+    except DataError as error:
+        warnings.append(str(error))
         return None
     return mask if mask.shape == case.image.shape else None
 

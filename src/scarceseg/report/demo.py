@@ -17,7 +17,7 @@ from scarceseg.errors import DataError, RunError
 from scarceseg.evaluation.tables import class_average, read_evaluation
 from scarceseg.report.build import class_legend, write_page
 from scarceseg.report.charts import Group, Line, box_plot, line_chart
-from scarceseg.report.folder import RunRecord, ShownCase, read_case, read_run
+from scarceseg.report.folder import RunRecord, ShownCase, read_case, read_run, without_rank
 from scarceseg.report.numbers import duration, heading, show
 from scarceseg.report.viewers import compare_viewer, within_budget
 
@@ -218,7 +218,7 @@ def _kept_cases(records: Mapping[str, RunRecord], warnings: list[str]) -> list[t
             except DataError as error:
                 warnings.append(str(error))
                 continue
-            by_run[name][case.title.rsplit(" (", 1)[0]] = case
+            by_run[name][without_rank(case.title)] = case
     first = next(iter(by_run.values()))
     common = [title for title in first if all(title in cases for cases in by_run.values())]
     return [

@@ -231,7 +231,8 @@ def _score(shown: Picture, view: View) -> NDArray[np.float64]:
     score = np.zeros(shown.image.shape[view.axis])
     for names in (["reference"], list(shown.masks)):
         for mask in (shown.masks[name] for name in names if name in shown.masks):
-            for value in np.flatnonzero(np.bincount(mask.ravel()))[1:]:
+            values = np.flatnonzero(np.bincount(mask.ravel()))
+            for value in values[values > 0]:
                 areas = np.count_nonzero(mask == value, axis=(view.rows, view.columns))
                 score += np.sqrt(areas / max(areas.max(), 1))
         if score.any():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +179,25 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} could not be read: {error}; run 'scarceseg train' again to have it made") from None
+
+
+def without_rank(title: str) -> str:
+    """The name of a kept case: its title without the rank among its run's cases."""
+    return re.sub(r" \((best|median|worst)\)$", "", title)
+
+
+def read_title(path: Path) -> str:
+    """The title of a kept case alone; its arrays, which may be large, are not read.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return str(file["title"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} could not be read: {error}; run 'scarceseg train' again to have it made") from None
 
 
