@@ -328,6 +328,8 @@ def test_python_function_takes_a_loaded_model(tmp_path: Path) -> None:
             result.voxels == 6 * 6 * 4 and result.quality == pytest.approx(0.83) and result.geometry.size == both.shape
         )
     assert len(model.seen) == 2
+    with pytest.raises(ConfigError, match="view.*takes no options"):
+        scarceseg.segment(path, points=[(15, 11, 9)], foundation=model, device="cpu", view="mosaic")
 
 
 def test_a_model_without_prompts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
