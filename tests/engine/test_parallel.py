@@ -74,9 +74,9 @@ def without_chance(data: Path, method: str, **changes: Any) -> Config:
     )
 
 
-def curve(run: Path) -> list[float]:
+def curve(run: Path, stage: str = "train") -> list[float]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if entry["stage"] == "train"]
+    return [entry["loss"] for entry in map(json.loads, lines) if entry["stage"] == stage]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,17 @@ def test_two_processes_have_the_loss_curve_of_one(
     for key, value in first.items():
         if value.is_floating_point():
             torch.testing.assert_close(second[key], value, rtol=5e-3, atol=5e-4)
+
+
+def test_mixtures_of_two_processes_are_those_of_one(data: Path, tmp_path: Path) -> None:
+    """Each process works on its share of the rows, so that all must cut the same cuboid."""
+    config = without_chance(data, "bcp", terms={"bcp": {"pretrain_iterations": 4}}, iterations=1)
+    train(config, tmp_path / "one", cache=tmp_path / "cache")
+    (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
+    run_two("train", "--recipe", tmp_path / "c.yaml", "--out", tmp_path / "two", cache=tmp_path / "cache")
+    one, two = (curve(tmp_path / name, "bcp-pretrain") for name in ("one", "two"))
+    assert len(one) == 4
+    np.testing.assert_allclose(two, one, rtol=2e-4)
 
 
 def test_the_pool_is_labelled_and_a_folder_predicted_in_shares(data: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from scarceseg.config import Config
 from scarceseg.data.show import plan_dataset
 from scarceseg.engine import run as run_module
+from scarceseg.engine.logging import RunLog
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
 from tests.tiny import tiny_config, tiny_dataset
@@ -209,6 +210,19 @@ def test_validation_labels_are_not_opened_while_training(tmp_path: Path, monkeyp
     with pytest.raises(DataError, match="case_04"):
         train(tiny_config(folder, val=["case_04"]), tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists(), "training itself does not need validation labels"
+
+
+def test_a_stage_that_starts_anew_keeps_the_validations_of_the_training(tmp_path: Path) -> None:
+    """Rounds of sfr+ tune their model while the training goes on."""
+    log = RunLog(tmp_path)
+    for iteration in (10, 20):
+        log.record("validation", iteration, {"dice/box1": 0.5})
+        log.record("sfr+-round1", iteration, {"loss": 1.0})
+    log.rewind("sfr+-round1", 0)
+    assert [(e["stage"], e["iteration"]) for e in lines(tmp_path)] == [("validation", 10), ("validation", 20)]
+    log.rewind("train", 10)
+    assert [e["iteration"] for e in lines(tmp_path)] == [10]
+    log.close()
 
 
 def test_weights_that_are_no_numbers_are_never_kept(data: Path, tmp_path: Path) -> None:
