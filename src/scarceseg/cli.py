@@ -31,6 +31,11 @@ LabeledOpt = Annotated[
     str | None, typer.Option(help="Number of labelled cases kept (first by name), or their names a,b,c.")
 ]
 ValOpt = Annotated[str | None, typer.Option(help="Validation cases: names or patterns such as 'la_06[4-9],la_07*'.")]
+MethodOpt = Annotated[str | None, typer.Option(help="Terms joined by '+', such as mean-teacher.")]
+RecipeOpt = Annotated[str | None, typer.Option(help="Recipe name or YAML file; flags given here win.")]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting of the config, KEY=VALUE, such as optim.lr=0.005.")
+]
 SpacingOpt = Annotated[str | None, typer.Option(help="Voxel spacing in mm: one number, or X,Y,Z.")]
 PatchOpt = Annotated[str | None, typer.Option(help="Patch in voxels: X,Y,Z.")]
 
@@ -66,16 +71,14 @@ def demo(
 @app.command()
 def plan(
     dataset: DatasetArg,
-    method: Annotated[str | None, typer.Option(help="Terms joined by '+'; unlabelled rows need memory too.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; flags given here win.")] = None,
+    method: MethodOpt = None,
+    recipe: RecipeOpt = None,
     labeled: LabeledOpt = None,
     val: ValOpt = None,
     network: Annotated[str | None, typer.Option(help="Network the patch has to fit.")] = None,
     spacing: SpacingOpt = None,
     patch: PatchOpt = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting of the config, KEY=VALUE, such as batch_unlabeled=4.")
-    ] = None,
+    set_: SetOpt = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show what training on a dataset would use: spacing, patch, memory, and warnings about the data."""
@@ -103,8 +106,8 @@ def train(
         Path | None, typer.Argument(help="Folder in nnU-Net raw layout; may be left out with --resume.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder to make, or to go on with.")] = ...,  # type: ignore[assignment]
-    method: Annotated[str | None, typer.Option(help="Terms joined by '+', such as mean-teacher.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; flags given here win.")] = None,
+    method: MethodOpt = None,
+    recipe: RecipeOpt = None,
     labeled: LabeledOpt = None,
     val: ValOpt = None,
     network: Annotated[str | None, typer.Option(help="vnet, unet3d, or any MONAI network.")] = None,
@@ -115,9 +118,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting of the config, KEY=VALUE, such as optim.lr=0.005.")
-    ] = None,
+    set_: SetOpt = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
 ) -> None:
     """Train a network and leave everything about it in the run folder."""

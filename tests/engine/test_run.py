@@ -271,9 +271,7 @@ def test_the_dataset_may_be_named_relative_to_where_the_run_began(
     train(Config.load(tmp_path / "run" / "config.yaml"), tmp_path / "run", resume=True)
 
 
-def test_more_validation_cases_than_pictures_give_the_same_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_validation_cases_than_pictures_give_the_same_pictures(tmp_path: Path) -> None:
     folder = tiny_dataset(tmp_path / "data", cases=8)
     config = tiny_config(folder, val=[f"case_{i:02d}" for i in range(4, 8)], iterations=1)
     train(config, tmp_path / "run")

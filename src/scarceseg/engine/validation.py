@@ -1,4 +1,7 @@
-"""Validation cases: Dice during training, checkpoint choice, and the full metrics at the end. Labels are read here only."""
+"""Validation cases: Dice during training, checkpoint choice, and the full metrics at the end.
+
+Their labels serve these alone; planning reads them once before, to refuse what could not be used.
+"""
 
 from __future__ import annotations
 

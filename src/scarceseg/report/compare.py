@@ -29,7 +29,7 @@ from scarceseg.evaluation.tables import OVERLAPS
 from scarceseg.report.build import class_legend, write_page
 from scarceseg.report.charts import Group as Boxes
 from scarceseg.report.charts import box_plot
-from scarceseg.report.folder import ShownCase, read_case, read_title, without_rank
+from scarceseg.report.folder import ShownCase, read_arrays, read_case, without_rank
 from scarceseg.report.numbers import heading, show
 from scarceseg.report.viewers import compare_viewer, within_budget
 
@@ -205,7 +205,7 @@ def _kept(run: Path, warnings: list[str]) -> dict[str, Path]:
     paths = {}
     for path in sorted((run / "figures").glob("*.npz")):
         try:
-            paths[without_rank(read_title(path))] = path
+            paths[without_rank(str(read_arrays(path, ["title"])["title"]))] = path
         except DataError as error:
             warnings.append(str(error))
     return paths

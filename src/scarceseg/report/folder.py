@@ -7,7 +7,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -170,15 +170,15 @@ def _curves(run: RunRecord) -> dict[str, dict[str, Curve]]:
     }
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Arrays of a file the run kept for pictures.
+def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Arrays of a file the run kept for pictures: all, or those in `names`; the others are not read.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: the file or one of `names` is missing, or it is damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in names or file.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} could not be read: {error}; run 'scarceseg train' again to have it made") from None
 
@@ -186,19 +186,6 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def without_rank(title: str) -> str:
     """The name of a kept case: its title without the rank among its run's cases."""
     return re.sub(r" \((best|median|worst)\)$", "", title)
-
-
-def read_title(path: Path) -> str:
-    """The title of a kept case alone; its arrays, which may be large, are not read.
-
-    Raises:
-        DataError: missing or damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return str(file["title"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} could not be read: {error}; run 'scarceseg train' again to have it made") from None
 
 
 def read_case(path: Path) -> ShownCase:
