@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 
 from scarceseg.data.augment import deform
 from scarceseg.data.sampling import PatchSampler, Source, crop, pad_to, turn
@@ -63,6 +66,25 @@ def test_any_iteration_can_be_made_again() -> None:
     resumed = list(sampler().batches(5, 9))
     assert torch.equal(resumed[0][0].label, streamed[5][0].label)
     assert not torch.equal(sampler(seed=8).batch(0)[0].image, streamed[0][0].image)
+
+
+def test_blas_has_one_thread_while_batches_are_made() -> None:
+    blas = ThreadpoolController().select(internal_api="openblas")
+    if not blas.lib_controllers:
+        pytest.skip("NumPy has no OpenBLAS here")
+
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in blas.info()}
+
+    with blas.limit(limits=2):
+        stream = sampler().batches(0, 3)
+        next(stream)
+        assert threads() == {1}
+        list(stream)
+        assert threads() == {2}
+        with closing(sampler().batches(0, 3)) as stream:
+            next(stream)
+        assert threads() == {2}
 
 
 def test_every_case_is_visited_once_a_round() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from scarceseg.data.augment import deform
 from scarceseg.engine.seeds import rng
@@ -65,8 +66,13 @@ Batch = tuple[Labelled, Unlabelled | None]
 
 
 def made_ahead(make: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
-    """``make(start) .. make(stop - 1)``, made `ahead` of their use in one background thread."""
-    with ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
+    """``make(start) .. make(stop - 1)``, made `ahead` of their use in one background thread.
+
+    Until the last one NumPy's OpenBLAS has one thread: its others keep a core busy for a while after every product, which
+    with these small products is most of the time, and the training waits for that core.
+    """
+    one_thread = ThreadpoolController().select(internal_api="openblas").limit(limits=1)
+    with one_thread, ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
         waiting: list[Future[Batch]] = []
         try:
             for iteration in range(start, stop):
