@@ -17,6 +17,8 @@ from scarceseg.data.phantoms import PhantomConfig, write_phantom_dataset
 from scarceseg.errors import RunError
 from scarceseg.methods.models import settle_foundations
 from scarceseg.report import build_demo_report, build_report, viewers
+from scarceseg.report.figures import picture
+from scarceseg.report.folder import ShownCase
 from tests.report.fake_run import evaluation, figure, make_run
 
 VOID = {"meta", "img", "input", "br", "link", "hr", "line"}
@@ -240,6 +242,24 @@ def test_all_viewers_get_the_largest_size_at_which_they_fit(monkeypatch: pytest.
     assert [v["count"] for v in viewers.within_budget([make])] == [32]
     assert len(viewers.within_budget([make] * 20)) == 8  # as many as fit at the smallest size
     assert viewers.within_budget([]) == []
+
+
+def test_a_volume_is_drawn_once_whatever_sizes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = np.zeros((20, 18, 16), np.uint8)
+    label[5:12, 4:13, 6:11] = 1
+    case = ShownCase("a", label.astype(np.float32), label, label, None, (1.0, 1.0, 1.0), None)
+    drawn = []
+    monkeypatch.setattr(viewers, "picture", lambda *args: drawn.append(1) or picture(*args))  # type: ignore[func-returns-value]
+    makers = [
+        viewers.planes_viewer(case, ""),
+        viewers.compare_viewer(case, {"one": label, "two": label}, {}),
+        viewers.pool_viewer(case, {"sfr": label}, ""),
+    ]
+    assert not drawn
+    assert viewers.within_budget(makers, budget=10) == []  # every size was tried
+    assert len(drawn) == 1
+    assert len(viewers.within_budget(makers)) == 3
+    assert len(drawn) == 3
 
 
 def test_a_page_without_room_for_cases_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

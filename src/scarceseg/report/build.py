@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -217,7 +216,7 @@ def _cases(record: RunRecord) -> list[Viewer]:
         except DataError as error:
             record.notes.append(str(error))
             continue
-        makers.append(partial(planes_viewer, case, _case_note(record, case)))
+        makers.append(planes_viewer(case, _case_note(record, case)))
     viewers = within_budget(makers)
     if len(viewers) < len(makers) or len(record.figures) > MOST_CASES:
         record.notes.append(

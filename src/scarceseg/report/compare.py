@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def build_compare_report(comparison: Comparison, path: Path) -> Path:
         "charts": [chart for metric in TESTED if (chart := _boxes(comparison, names, metric))],
         "several": several,
         "cases": within_budget(
-            partial(compare_viewer, case, masks, _notes(comparison, names, case.title)) for case, masks in shown
+            compare_viewer(case, masks, _notes(comparison, names, case.title)) for case, masks in shown
         ),
         "case_words": _case_words(comparison),
         "any_reference": any(case.reference is not None for case, _ in shown),

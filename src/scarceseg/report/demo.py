@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def build_demo_report(folder: Path, runs: dict[str, Path]) -> Path:
         "charts": [chart for chart in (_box(results, "dice", 100.0), _box(results, "hd95")) if chart],
         "warnings": [*warnings, *_of_runs(records)],
         "cases": within_budget(
-            partial(compare_viewer, case, predictions, _notes(case.title, results)) for case, predictions in cases
+            compare_viewer(case, predictions, _notes(case.title, results)) for case, predictions in cases
         ),
         "legend": class_legend(classes),
         "curves": _curves(records),

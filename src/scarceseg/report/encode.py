@@ -19,10 +19,10 @@ def data_uri(content: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def png_uri(image: Image.Image) -> str:
+def png_uri(image: Image.Image, **options: Any) -> str:
     """As a data URI, for clear-ground layers."""
-    extra = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
-    return data_uri(png_bytes(image, **extra))
+    extra: dict[str, Any] = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
+    return data_uri(png_bytes(image, **extra, **options))
 
 
 def jpeg_uri(image: Image.Image, **options: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,19 @@ class Picture:
     spacing_mm: tuple[float, float, float]
     views: tuple[View, ...]
 
+    @cached_property
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """How much each slice of a view shows of the reference, or where there is none of the other masks, by view.
+
+        Each class counts by the root of its area's share of its own largest area: several classes are better than one.
+        """
+        return {view.name: _score(self, view) for view in self.views}
+
+    @cached_property
+    def covered(self) -> dict[str, tuple[int, int]]:
+        """First and last slice that the masks cover, by view; all slices without masks."""
+        return {view.name: _covered(self, view) for view in self.views}
+
 
 def picture(
     image: Array,
@@ -173,14 +187,20 @@ def overlay_png(
     """
     masks = {"prediction": prediction} if reference is None else {"prediction": prediction, "reference": reference}
     shown = picture(image, masks, None, spacing_mm, direction)
+    return png_bytes(three_planes(shown, list(masks), side, at), optimize=True)
+
+
+def three_planes(shown: Picture, names: Sequence[str], side: int, at: Sequence[int] | None = None) -> Image.Image:
+    """One slice of each view side by side at one scale, with the masks in `names`; `at` and `side` as in `overlay_png`."""
     scale = pixels_per_mm(shown, side)
     tiles = []
     for view in shown.views:
         index = peak(shown, view) if at is None else int(at[view.axis])
         size = tile_size(shown, view, scale)
         tile = grey_strip(shown, view, [index], size).convert("RGBA")
-        for name, mask in shown.masks.items():
-            tile.alpha_composite(mask_strip(mask, view, [index], size, name == "reference").convert("RGBA"))
+        for name in names:
+            strip = mask_strip(shown.masks[name], view, [index], size, name == "reference")
+            tile.alpha_composite(strip.convert("RGBA"))
         tiles.append(tile.convert("RGB"))
     gap = max(side // 40, 2)
     whole = Image.new("RGB", (sum(t.width for t in tiles) + gap * (len(tiles) - 1), max(t.height for t in tiles)))
@@ -188,7 +208,7 @@ def overlay_png(
     for tile in tiles:
         whole.paste(tile, (left, (whole.height - tile.height) // 2))
         left += tile.width + gap
-    return png_bytes(whole, optimize=True)
+    return whole
 
 
 def pixels_per_mm(shown: Picture, side: int) -> float:
@@ -205,8 +225,7 @@ def tile_size(shown: Picture, view: View, scale: float) -> tuple[int, int]:
 def chosen_slices(shown: Picture, view: View, count: int) -> list[int]:
     """Up to `count` slices, spread over what the masks cover and a tenth more; over everything without masks."""
     total = shown.image.shape[view.axis]
-    used = np.flatnonzero(sum(mask.any(axis=(view.rows, view.columns)) for mask in shown.masks.values()))
-    low, high = (int(used[0]), int(used[-1])) if used.size else (0, total - 1)
+    low, high = shown.covered[view.name]
     margin = max((high - low) // 10, 1)
     low, high = max(low - margin, 0), min(high + margin, total - 1)
     return sorted({round(float(k)) for k in np.linspace(low, high, min(count, high - low + 1))})
@@ -214,20 +233,16 @@ def chosen_slices(shown: Picture, view: View, count: int) -> list[int]:
 
 def peak(shown: Picture, view: View) -> int:
     """The slice that shows most of the reference, else of the other masks, else the middle one."""
-    score = _score(shown, view)
+    score = shown.scores[view.name]
     return int(score.argmax()) if score.any() else len(score) // 2
 
 
 def best_view(shown: Picture) -> View:
     """The plane whose best slice shows most, the first one if they are equal."""
-    return max(shown.views, key=lambda view: float(_score(shown, view).max()))
+    return max(shown.views, key=lambda view: float(shown.scores[view.name].max()))
 
 
 def _score(shown: Picture, view: View) -> NDArray[np.float64]:
-    """How much each slice shows of the reference, or where there is none of the other masks.
-
-    Each class counts by the root of its area's share of its own largest area: several classes are better than one.
-    """
     score = np.zeros(shown.image.shape[view.axis])
     for names in (["reference"], list(shown.masks)):
         for mask in (shown.masks[name] for name in names if name in shown.masks):
@@ -238,6 +253,11 @@ def _score(shown: Picture, view: View) -> NDArray[np.float64]:
         if score.any():
             break
     return score
+
+
+def _covered(shown: Picture, view: View) -> tuple[int, int]:
+    used = np.flatnonzero(sum(mask.any(axis=(view.rows, view.columns)) for mask in shown.masks.values()))
+    return (int(used[0]), int(used[-1])) if used.size else (0, shown.image.shape[view.axis] - 1)
 
 
 def grey_strip(shown: Picture, view: View, slices: Sequence[int], size: tuple[int, int]) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def pool_section(record: RunRecord) -> Section | None:
         except (DataError, KeyError, TypeError, ValueError) as error:
             record.notes.append(_unreadable(path, error))
             continue
-        makers.append(partial(pool_viewer, case, guesses, note))
+        makers.append(pool_viewer(case, guesses, note))
     viewers: list[Viewer] = within_budget(makers, POOL_BUDGET)
     if not tables and not viewers:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 from scarceseg.active.files import RESULT, SHOWN, figure_path, model_hash
@@ -68,9 +67,5 @@ def _viewers(record: RunRecord, names: list[str]) -> list[Viewer]:
             cases.append(read_case(figure_path(record.folder, name)))
         except DataError as error:
             record.notes.append(f"{str(error).split(';')[0]}; ask 'scarceseg suggest' again")
-    return within_budget([partial(_viewer, case) for case in cases], BUDGET)
-
-
-def _viewer(case: ShownCase, side: int, count: int) -> Viewer:
-    """With the uncertainty shown from the start: it is why the volume is here."""
-    return planes_viewer(case, "", side, count) | {"toggles": [("prediction", True), ("uncertainty", True)]}
+    # The uncertainty is shown from the start: it is why these volumes are here.
+    return within_budget([planes_viewer(case, "", uncertain=True) for case in cases], BUDGET)
