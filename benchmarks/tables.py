@@ -105,7 +105,9 @@ def _by_method(rows: list[dict[str, Any]]) -> str:
 
 def _coarse_cell(rows: list[dict[str, Any]]) -> str:
     now = code_hash(training_code(rows[0]["method"]))
-    dice = f"{100 * mean(row['dice'] for row in rows):.1f}" + (f" ({len(rows)} seeds)" if len(rows) > 1 else "")
+    dice = f"{100 * mean(row['dice'] for row in rows):.1f}"
+    if len(rows) > 1:
+        dice += f" ({', '.join(f'{100 * value:.1f}' for value in sorted(row['dice'] for row in rows))})"
     distances = [row["hd95_mm"] for row in rows if row["hd95_mm"] is not None]
     guesses = [[guess["dice"] for guess in row["pseudo_labels"].values()] for row in rows]
     labels = [f"{100 * mean(stage):.0f}" for stage in zip(*guesses, strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from scarceseg import cli
 from scarceseg.config import Config
 from scarceseg.data.phantoms import PhantomConfig, make_phantom, write_phantom_dataset
 from scarceseg.methods import METHODS
+from scarceseg.networks import NETWORKS
+from tests.contract import test_networks as network_contract
 from tests.contract import test_terms as contract
 from tests.data.volumes import write_dicom
 
@@ -43,8 +46,8 @@ class Block(NamedTuple):
 
 
 def blocks(text: str) -> list[Block]:
-    found = re.findall(r"^```(\w+)( test)?[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [Block(language, bool(marked), body) for language, marked, body in found]
+    found = re.findall(r"^ *```(\w+)( test)?[^\n]*\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return [Block(language, bool(marked), textwrap.dedent(body)) for language, marked, body in found]
 
 
 def commands(block: str) -> list[list[str]]:
@@ -109,9 +112,10 @@ def test_marked_snippets_run(page: Path, workspace: Path) -> None:
     assert not unknown, f"docs/reference/run-folder.md does not name {unknown}"
 
 
-def test_the_example_term_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = METHODS.names()
-    monkeypatch.setattr(METHODS, "_parts", dict(METHODS._parts))  # the example must not stay for other tests
+def test_the_examples_keep_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, networks = METHODS.names(), NETWORKS.names()
+    for registry in (METHODS, NETWORKS):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))  # the examples must not stay for other tests
     for block in blocks(read(ROOT / "CONTRIBUTING.md")):
         if block.marked:
             run_block(block, "CONTRIBUTING.md", {"__name__": "snippet"})
@@ -119,6 +123,10 @@ def test_the_example_term_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) ->
     contract.test_finite_scalar_for_any_split(name, 3, 2, 1, 2)
     contract.test_gradient_on_unlabelled_voxels(name)
     contract.test_documented(name)
+    (name,) = set(NETWORKS.names()) - set(networks)
+    network_contract.test_one_logit_per_class_and_voxel_for_any_channels_and_classes(name)
+    network_contract.test_divisor_is_known_without_building(name)
+    network_contract.test_gradient_reaches_every_parameter(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -202,3 +210,10 @@ def test_settings_table_is_the_config() -> None:
     for key, value in defaults.items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) and value else {key: value}
     assert {key: yaml.safe_load(default) for key, default in rows} == flat
+
+
+def test_the_page_of_options_is_that_of_the_code() -> None:
+    path = ROOT / "docs" / "reference" / "make.py"
+    names: dict[str, Any] = {"__name__": "make", "__file__": str(path)}
+    exec(compile(read(path), str(path), "exec", dont_inherit=True), names)
+    assert names["page"]() == read(path.with_name("options.md")), "run python docs/reference/make.py"

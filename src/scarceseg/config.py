@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +112,11 @@ class Config(Section):
     validate_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(250, ge=1)
     log_every: int = Field(10, ge=1)
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("augment", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from rich.table import Table
 from scarceseg.config import Config
 from scarceseg.data.dataset import load_dataset, make_split
 from scarceseg.data.plan import Plan, fingerprint, make_plan
+from scarceseg.methods.base import build_terms
 from scarceseg.networks.base import divisor_of
 
 
@@ -20,6 +21,7 @@ def plan_dataset(config: Config) -> Plan:
     Raises:
         DataError, ConfigError: as `train`.
     """
+    build_terms(config.method, config.terms, classes=2)  # names and options are checked, as `train` does
     dataset = load_dataset(Path(config.dataset))
     split = make_split(dataset, config.labeled, config.val)
     divisor = divisor_of(config.network.name, config.network.args)

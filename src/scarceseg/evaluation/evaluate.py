@@ -37,11 +37,11 @@ class _Score(NamedTuple):
 
 
 def evaluate(
-    predictions: Path,
-    references: Path,
+    predictions: Path | str,
+    references: Path | str,
     *,
-    json: Path | None = None,
-    csv: Path | None = None,
+    json: Path | str | None = None,
+    csv: Path | str | None = None,
     units: Units = "mm",
     empty: Empty = "nan",
     classes: Mapping[str, int] | None = None,
@@ -75,8 +75,8 @@ def evaluate(
     _check_word("empty", empty, get_args(Empty))
     if wrong := [f"{name}: {value}" for name, value in (classes or {}).items() if not 1 <= value <= 255]:
         raise ConfigError(f"classes: expected label values of foreground classes, 1 to 255, got {wrong[0]}")
-    pairs, warnings = _pairs(predictions, references)
-    names = dict(classes) if classes is not None else _class_values(references)
+    pairs, warnings = _pairs(Path(predictions), Path(references))
+    names = dict(classes) if classes is not None else _class_values(Path(references))
 
     def score(case: str) -> _Score | DataError:
         try:
@@ -93,9 +93,9 @@ def evaluate(
             scores = list(pool.map(score, pairs))
     result = _summary(dict(zip(pairs, scores, strict=True)), units, tuple(warnings), names)
     if json is not None:
-        write_text(json, jsonlib.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(Path(json), jsonlib.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     if csv is not None:
-        write_text(csv, to_csv(result))
+        write_text(Path(csv), to_csv(result))
     _raise_for_broken(result, len(pairs))
     return result
 

@@ -64,9 +64,14 @@ def summands(method: str) -> tuple[str, ...]:
     return tuple(name for name in names if name != "supervised") or ("supervised",)
 
 
+OUR_NAMES = {"mc-net+": "mc-net"}
+"""What published tables call a term of ours: `mc-net` has the three decoders of MC-Net+ unless told otherwise."""
+
+
 def same_sum(first: str, second: str) -> bool:
     """Whether two sums have the same terms, in whatever order."""
-    return sorted(summands(first)) == sorted(summands(second))
+    ours, theirs = (sorted(OUR_NAMES.get(name, name) for name in summands(method)) for method in (first, second))
+    return ours == theirs
 
 
 def beside(benchmark: Benchmark, methods: Iterable[str], labels: int) -> list[PublishedRow]:

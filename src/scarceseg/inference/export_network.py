@@ -157,7 +157,7 @@ def require_onnx() -> None:
     if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
         raise ConfigError(
             f"export to ONNX needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}, not installed "
-            "here: install the extra 'export', as in pip install 'scarceseg[export]'"
+            "here: install the extra 'export', as in pip install -e '.[export]' in the clone"
         )
 
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from scarceseg.engine.workspace import Workspace
 
 WHOLE_ITERATIONS = 300
-"""Enough for `tiny-sam` on whole volumes; models that see patches are tuned as long as the student is trained."""
+"""Enough for `tiny-sam` on whole volumes."""
+PATCH_ITERATIONS = 6000
+"""Of models that see patches, as published; where the student is trained shorter, as long as it is."""
 
 
 class TuningOptions(PseudoLabelOptions):
@@ -39,8 +41,8 @@ class TuningOptions(PseudoLabelOptions):
         foundation: model that this term tunes; None takes the run's.
         strategy, rank: see `scarceseg.foundation.base.Tuning`; a rank of None is the model's usual one.
         view: whether the model is shown whole volumes or patches; "auto" is what it wants. Only `tiny-sam3d` takes both.
-        tune_iterations: None is the run's iterations for a model that sees patches (6000 as published), 300 for one that sees
-            whole volumes.
+        tune_iterations: None is the run's iterations for a model that sees patches, 6000 (as published) at most, and 300 for
+            one that sees whole volumes.
         tune_lr, tune_weight_decay, tune_power: AdamW with a poly schedule. The published values; a rate of None is the model's
             usual one, which for SAM is the published one.
         tune_warmup, tune_clip: of the learning rate, iterations, and the gradient's norm. (ours)
@@ -152,7 +154,8 @@ class TunedTeacher:
     @property
     def iterations(self) -> int:
         """Steps of fine-tuning."""
-        return self.options.tune_iterations or (WHOLE_ITERATIONS if self.whole else self.work.config.iterations)
+        usual = WHOLE_ITERATIONS if self.whole else min(self.work.config.iterations, PATCH_ITERATIONS)
+        return self.options.tune_iterations or usual
 
     def _open(self, axis: int) -> TunedModel:
         size = list(self.common_size() if self.whole else self.work.plan.patch)

@@ -33,7 +33,7 @@ class SemiSamOptions(TermOptions):
         channel: of the image that the models are shown, from 0; None shows all, which not every model takes.
         view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
         prompts: what is asked, see `scarceseg.foundation.dialogue.Asking`; ``point`` is the paper's.
-        clicks, outside, corrections, components, threshold, confident: as there.
+        clicks, outside, corrections, components, threshold, confident: see `Asking` there.
         gate: weigh masks and voxels by how far the model may be trusted; False is the paper's method.
         agreement: soft Dice of student and model below which a mask counts for nothing, and from which on it may count for all.
         quality: the same for the IoU the model estimates.

@@ -12,7 +12,12 @@ from scarceseg.types import Step
 
 
 class SupervisedOptions(TermOptions):
-    """`background`: average the Dice over class 0 too (SSL4MIS, SFR); False is UA-MT's form. `smooth`: of the Dice."""
+    """Options of the supervised term.
+
+    Attributes:
+        background: average the Dice over class 0 too (SSL4MIS, SFR); False is UA-MT's form.
+        smooth: constant in the numerator and the denominator of the Dice.
+    """
 
     background: bool = False
     smooth: float = 1e-5
