@@ -113,3 +113,7 @@ def test_registry_names() -> None:
     with pytest.raises(ConfigError, match="did you mean 'crimson'"):
         registry.get("crimsom")
     assert registry.names() == ["crimson", "red"]
+
+
+def test_a_folder_may_be_a_path() -> None:
+    assert Config(dataset=Path("heart")).dataset == "heart" == Config.build({"dataset": Path("heart")}).dataset

@@ -16,13 +16,12 @@ from scarceseg.networks import NETWORKS
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options of terms and networks
 
-Made from the docstrings by `python docs/reference/make.py`. An option of a term is set as `--set terms.NAME.OPTION=VALUE`, or below
-`terms` in a recipe; a network's as `--set network.args.OPTION=VALUE`. `null` leaves the choice to the term. "(ours)" marks what no
-paper has.
+Made from the docstrings by `python docs/reference/make.py`. An option of a term is set as `--set terms.NAME.OPTION=VALUE`, or
+below `terms` in a recipe; a network's as `--set network.args.OPTION=VALUE`. `null` (None) leaves the choice to the term. "(ours)"
+marks what no paper has.
 
-Every term has `weight`, `ramp` (`constant`, `laine`, `laine-down`, `semisam` or `semisam-down`) and `ramp_epochs` (the equal parts a run
-is cut into for
-the quantised ramps of published scripts). Their defaults differ:
+Every term has `weight`, `ramp` (`constant`, `laine`, `laine-down`, `semisam` or `semisam-down`) and `ramp_epochs` (the equal
+parts a run is cut into for the quantised ramps of published scripts). Their defaults differ:
 """
 
 

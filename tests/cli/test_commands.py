@@ -75,6 +75,9 @@ def test_plan(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = json.loads(scarceseg(*rows, capsys=capsys)[1])["memory_estimate_mb"]
     most = json.loads(scarceseg(*rows, "--set", "batch_unlabeled=4", capsys=capsys)[1])["memory_estimate_mb"]
     assert plan["memory_estimate_mb"] < more < most
+    for wrong in (["--method", "mean-techer"], ["--set", "terms.semisam.weight=1"]):
+        status, _, err = scarceseg("plan", data, *wrong, capsys=capsys)
+        assert status == 2 and err.startswith("error:") and len(err.splitlines()) == 1
 
 
 def test_plan_says_what_is_odd_about_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,3 +214,15 @@ def test_unpacking(tmp_path: Path) -> None:
         (tmp_path / "bad.tar").write_bytes(bad)
         with pytest.raises(DataError, match="cannot unpack"):
             extract_tar(tmp_path / "bad.tar", tmp_path / "out2")
+
+
+def test_damage_within_and_a_python_without_safe_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tar(tmp_path / "a.tar", {"x": " ".join(map(str, range(100_000))).encode()})
+    content = bytearray(path.read_bytes())
+    content[5000:5050] = bytes(50)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot unpack"):
+        extract_tar(path, tmp_path / "out")
+    monkeypatch.delattr("tarfile.data_filter")
+    with pytest.raises(RunError, match=r"3\.10\.12"):
+        extract_tar(path, tmp_path / "out")

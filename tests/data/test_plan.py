@@ -9,10 +9,11 @@ import pytest
 
 from scarceseg.config import Config
 from scarceseg.data.dataset import Case, Dataset, Split, UnlabelledCase, load_dataset, make_split
-from scarceseg.data.fingerprint import CaseFacts, Intensities
+from scarceseg.data.fingerprint import CaseFacts, Intensities, _look
 from scarceseg.data.images import write_image
 from scarceseg.data.plan import PATCH_VOXELS, Fingerprint, Plan, fingerprint, make_plan
 from scarceseg.errors import ConfigError
+from scarceseg.networks.base import sides_of
 from tests.data.volumes import SAGITTAL, ball, grid, planned, smooth, write_dataset, write_facts
 
 GREY = Intensities(low=-1000, median=0, high=400, mean=20, std=90, zeros=0)
@@ -81,6 +82,19 @@ def test_indivisible_patch_names_the_nearest() -> None:
         _plan(_facts(((95, 70, 44), (1, 1, 1))), patch=(60, 64, 3))
 
 
+def test_a_network_of_one_size_gets_that_patch() -> None:
+    facts = _facts(((150, 150, 150), (1, 1, 1)))
+    dataset = Dataset(Path("d"), "made", ("MRI",), ("background", "organ"), ".nii.gz", ())
+    split = Split((Case("c0", (), Path("x")),), (UnlabelledCase("c1", ()),), ())
+    network = {"name": "UNETR", "args": {"img_size": [64, 64, 64], "hidden_size": 48, "num_heads": 4, "mlp_dim": 48}}
+    config = Config.build({"network": network})
+    sides = sides_of("UNETR", network["args"])
+    assert make_plan(facts, dataset, split, config, *sides).patch == (64, 64, 64)
+    wrong = Config.build({"network": network, "plan": {"patch": [128, 128, 64]}})
+    with pytest.raises(ConfigError, match="built for 64x64x64 voxels alone, got 128x128x64"):
+        make_plan(facts, dataset, split, wrong, *sides)
+
+
 @pytest.mark.parametrize("spacing", [0, -1, float("nan"), 1e-3, 1e3])
 def test_absurd_spacing(spacing: float) -> None:
     with pytest.raises(ConfigError, match="spacing_mm"):
@@ -137,6 +151,13 @@ def test_fingerprint_of_files(tmp_path: Path) -> None:
     assert first.intensities[0].mean == pytest.approx(image.mean(), rel=1e-5)
     assert first.intensities[0].high == pytest.approx(np.percentile(image, 99.5), rel=1e-5)
     assert facts.cases[2].class_voxels is None
+
+
+def test_the_facts_of_a_volume_do_not_keep_it_in_memory(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", geometry=grid((60, 60, 60)))
+    case = make_split(load_dataset(folder), 1, ["c"]).labelled[0]
+    for kept in _look(case, range(2))[1:]:
+        assert kept.base is None and kept.nbytes < 60**3 * 4
 
 
 def test_plan_of_ct_files_takes_the_window_from_labelled_foreground(tmp_path: Path) -> None:

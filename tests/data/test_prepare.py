@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from scipy import ndimage
 
+from scarceseg.data.cache import entry_path, load
 from scarceseg.data.dataset import load_dataset, make_split
+from scarceseg.data.formats import detached
 from scarceseg.data.geometry import matrix, orient_geometry, respace
 from scarceseg.data.images import read_image, read_label, read_volume, write_image
 from scarceseg.data.plan import Normalisation, Plan
@@ -424,3 +429,49 @@ def test_real_volume_halves_to_block_means(shared: Path, tmp_path: Path) -> None
     assert case.label is not None and prepared.label is not None
     share = blocks(read_image(case.label)[0].astype(np.float64))
     np.testing.assert_array_equal(prepared.label[inner][share != 0.5], share[share != 0.5] > 0.5)
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
+def test_voxels_beside_their_header_are_watched_too(tmp_path: Path, suffix: str) -> None:
+    header = tmp_path / f"a{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16)), str(header))
+    (voxels,) = detached(header)
+    assert voxels.parent == tmp_path and voxels.stat().st_size == 240
+    before = entry_path(tmp_path, "a", [header], {})
+    assert entry_path(tmp_path, "a", [header], {}) == before
+    voxels.write_bytes(np.full(120, 7, np.int16).tobytes())
+    os.utime(voxels, ns=(1, 1))
+    assert entry_path(tmp_path, "a", [header], {}) != before
+
+
+def test_rows_of_files_and_headers_that_hold_their_voxels(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"s{number:02d}.raw").touch()
+    texts = {"a.mhd": "ElementDataFile = s%02d.raw 1 2 1", "b.mhd": "ElementDataFile = LIST\ns01.raw\ns02.raw\n",
+             "c.nhdr": "NRRD0004\ndata file: s01.raw\n", "d.mha": "ElementDataFile = LOCAL"}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    found = {name: [path.name for path in detached(tmp_path / name)] for name in texts}
+    assert found == {
+        "a.mhd": ["s01.raw", "s02.raw"],
+        "b.mhd": ["s01.raw", "s02.raw"],
+        "c.nhdr": ["s01.raw"],
+        "d.mha": [],
+    }
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_too_many_open_files_are_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    split, plan = planned(write_dataset(tmp_path / "d"), 2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0] // 2, 128), limits[1]))
+    kept = prepare_cases(split.labelled, split.unlabelled, plan, tmp_path / "cache")
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(limits[1] if limits[1] > 0 else 10240, 10240)
+    (entry,) = (tmp_path / "cache").glob("a-image*.npy")
+    refuse = OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr("numpy.load", lambda *_, **__: (_ for _ in ()).throw(refuse))
+    with pytest.raises(RunError, match="ulimit -n"):
+        load(entry)
+    assert kept["a"].image.size

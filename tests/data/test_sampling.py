@@ -10,7 +10,8 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from scarceseg.data.augment import deform
-from scarceseg.data.sampling import PatchSampler, Source, crop, pad_to, turn
+from scarceseg.data.crop import crop_padded, padded_size
+from scarceseg.data.sampling import PatchSampler, Source, turn
 
 
 def source(name: str, size: tuple[int, int, int], seed: int, labelled: bool = True) -> Source:
@@ -135,11 +136,35 @@ def test_turn_is_in_the_slice_plane_and_flips_one_axis() -> None:
 
 def test_padding_is_centred_and_crop_is_a_view() -> None:
     x = np.ones((2, 3, 4, 5))
-    padded = pad_to(x, (6, 4, 8))
-    assert padded.shape == (2, 6, 4, 8)
+    padded = crop_padded(x, (0, 0, 0), (6, 4, 8), (6, 4, 8))
+    assert padded.shape == (2, 6, 4, 8) == (2, *padded_size(x.shape[1:], (6, 2, 8)))
     assert np.array_equal(padded[:, 1:4, :, 1:6], x)
     assert padded.sum() == x.sum()
-    assert crop(padded, (1, 0, 1), (3, 4, 5)).base is not None
+    assert crop_padded(x, (1, 0, 1), (2, 4, 3), (2, 3, 3)).base is x
+
+
+def test_a_block_is_that_of_the_padded_volume() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        sides, patch = draw.integers(1, 9, 3), draw.integers(1, 12, 3)
+        x = draw.random((2, *sides))
+        missing = np.maximum(patch - sides, 0)
+        whole = np.pad(x, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
+        assert whole.shape[1:] == padded_size(sides, patch)
+        start = [int(draw.integers(0, side)) for side in whole.shape[1:]]
+        size = [int(draw.integers(1, side - first + 1)) for first, side in zip(start, whole.shape[1:], strict=True)]
+        box = tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
+        assert np.array_equal(crop_padded(x, start, size, patch), whole[(slice(None), *box)])
+
+
+def test_a_deformed_patch_of_a_small_volume_is_that_of_the_padded_one() -> None:
+    small, patch = source("a", (6, 20, 5), 0), (12, 12, 12)
+    assert small.label is not None
+    maps = {"image": small.image, "label": small.label}
+    padded = {key: crop_padded(value, (0, 0, 0), (12, 20, 12), patch) for key, value in maps.items()}
+    for seed in range(4):
+        one, other = (deform(m, (0, 5, 0), patch, np.random.default_rng(seed)) for m in (maps, padded))
+        assert all(np.array_equal(one[key], other[key]) for key in maps)
 
 
 @pytest.mark.parametrize("patch", [(6, 6, 4), (6, 4, 4)])
@@ -170,7 +195,7 @@ def test_a_deformed_patch_of_no_strength_is_the_crop() -> None:
     moved = deform(maps, start, patch, np.random.default_rng(0), 0.0)
     for key, value in maps.items():
         assert moved[key].dtype == value.dtype
-        np.testing.assert_allclose(moved[key], crop(value, start, patch), rtol=1e-5)
+        np.testing.assert_allclose(moved[key], crop_padded(value, start, patch, patch), rtol=1e-5)
 
 
 def test_a_deformed_patch_stays_in_its_place_and_its_maps_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +204,7 @@ def test_a_deformed_patch_stays_in_its_place_and_its_maps_together(monkeypatch: 
     x, y, z = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij")
     ball = 9 - np.sqrt((x - 21) ** 2 + (y - 19) ** 2 + (z - 15) ** 2)
     maps = {"image": np.stack([ball, x, y, z]).astype(np.float32), "label": (ball > 0).astype(np.uint8)}
-    own = crop(maps["image"], start, patch)
+    own = crop_padded(maps["image"], start, patch, patch)
     distances, changed = [], 0
     for seed in range(8):
         moved = deform(maps, start, patch, np.random.default_rng(seed))
@@ -187,7 +212,7 @@ def test_a_deformed_patch_stays_in_its_place_and_its_maps_together(monkeypatch: 
         assert ((moved["image"][0] > 0) == (moved["label"] > 0))[sure].all()
         shift = np.linalg.norm(moved["image"][1:] - own[1:], axis=0)
         distances.append(float(shift.mean()))
-        changed += int((moved["label"] != crop(maps["label"], start, patch)).sum())
+        changed += int((moved["label"] != crop_padded(maps["label"], start, patch, patch)).sum())
     assert changed > 100
     assert 0.5 < np.mean(distances) < 4.0  # voxels
 

@@ -43,8 +43,17 @@ def test_a_bend_of_no_strength_only_resamples() -> None:
     image, label = bend(volume.image, volume.label, (12, 11, 9), np.random.default_rng(0), 0.0)
     np.testing.assert_allclose(image, volume.image, atol=1e-5)
     np.testing.assert_array_equal(label, volume.label)
-    image, _ = bend(volume.image, volume.label, (6, 22, 9), np.random.default_rng(0), 0.0)
-    assert image.shape == (1, 6, 22, 9)
+    image, label = bend(volume.image, volume.label, (6, 22, 18), np.random.default_rng(0), 0.0)
+    assert image.shape == (1, 6, 22, 18)
+    step = np.divide(volume.label.shape, label.shape)
+    nearest = np.ix_(
+        *(
+            np.minimum(np.floor((np.arange(n) + 0.5) * s), m - 1).astype(int)
+            for n, s, m in zip(label.shape, step, volume.label.shape, strict=True)
+        )
+    )
+    assert (label == volume.label[nearest])[:, :, [0, -1]].mean() > 0.9  # the outermost planes too
+    assert bend(volume.image, np.ones_like(volume.label), (12, 22, 18), np.random.default_rng(0), 0.0)[1].all()
 
 
 def test_image_and_label_are_bent_alike() -> None:

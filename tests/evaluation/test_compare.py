@@ -445,6 +445,7 @@ def test_sums_are_read_whatever_their_order() -> None:
     la = next(known for known in benchmarks() if known.name == "LA")
     for method, dice in (("sfr+mean-teacher", 74.4), ("mean-teacher+sfr+", 81.03)):
         assert dice in [row.dice for row in beside(la, [method], 1)]
+    assert "mc-net+" in [row.method for row in beside(la, ["mc-net"], 8)]
 
 
 # output

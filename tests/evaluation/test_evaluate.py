@@ -76,6 +76,13 @@ def test_json_and_csv_have_the_promised_form(folders: tuple[Path, Path], tmp_pat
     assert float(rows[1].split(",")[2]) == values["cases"]["a"]["1"]["dice"]
 
 
+def test_folders_may_be_texts(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    assert evaluate(*map(str, folders), json=str(tmp_path / "r.json"), csv=str(tmp_path / "r.csv")) == evaluate(
+        *folders
+    )
+    assert (tmp_path / "r.json").is_file() and (tmp_path / "r.csv").is_file()
+
+
 def test_workers_change_nothing(folders: tuple[Path, Path]) -> None:
     assert evaluate(*folders, workers=1) == evaluate(*folders, workers=3) == evaluate(*folders)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from scarceseg.inference.components import largest_component
 
@@ -43,3 +44,15 @@ def test_nothing_and_background_stay() -> None:
     empty = np.zeros((4, 4, 4), np.uint8)
     np.testing.assert_array_equal(largest_component(empty), empty)
     np.testing.assert_array_equal(largest_component(scene(), classes=[0]), scene())
+
+
+def test_every_class_is_cleaned_as_if_it_were_alone() -> None:
+    draw = np.random.default_rng(0)
+    label = (draw.integers(0, 6, (17, 15, 13)) * (draw.random((17, 15, 13)) > 0.7)).astype(np.uint8)
+    expected = label.copy()
+    for value in range(1, 6):
+        pieces, count = ndimage.label(label == value, structure=np.ones((3, 3, 3)))
+        sizes = [int((pieces == piece).sum()) for piece in range(1, count + 1)]
+        expected[(label == value) & (pieces != 1 + int(np.argmax(sizes)))] = 0
+    np.testing.assert_array_equal(largest_component(label), expected)
+    assert (expected != label).sum() > 50

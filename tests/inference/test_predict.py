@@ -13,7 +13,9 @@ import torch
 from scarceseg.data.images import read_volume
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.inference import model as model_module
-from scarceseg.inference.predictor import Predictor, predict
+from scarceseg.inference.export import _file_words
+from scarceseg.inference.predictor import Predictor, pick_device, predict
+from scarceseg.inference.sliding import sliding_window
 from scarceseg.types import Geometry
 from tests.inference.scans import THRESHOLD, Threshold, centroid, overlap, rotation, save_threshold, scan, write_series
 
@@ -264,3 +266,38 @@ def test_progress_goes_from_nothing_to_all(run: Path, tmp_path: Path, capsys: py
 def test_a_device_that_is_not_there(run: Path, device: str) -> None:
     with pytest.raises(RunError, match="device"):
         Predictor(run, device=device)
+
+
+def test_an_output_that_is_not_a_number_is_no_empty_mask(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        put(scan()[0], tmp_path / "in", ".nii.gz", name)
+    asked: list[int] = []
+
+    def broken(volume: np.ndarray, *args: Any, **settings: Any) -> torch.Tensor:
+        asked.append(1)
+        found = sliding_window(volume, *args, **settings)
+        return found * float("nan") if len(asked) == 1 else found
+
+    monkeypatch.setattr("scarceseg.inference.predictor.sliding_window", broken)
+    with pytest.raises(DataError, match=r"1 of 2 cases failed .* a: the network's output .* not a number"):
+        predict(run, [tmp_path / "in"], tmp_path / "out", on_progress=silent, device="cpu")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
+
+
+def test_every_class_has_a_probability_file_of_its_own() -> None:
+    for classes in (("background", "a_2", "a", "A"), ("background", "a b", "a_b", "a_b_1", "A-b"), ("b", "?", "!")):
+        words = [word.lower() for word in _file_words(classes)]
+        assert len(set(words)) == len(classes), words
+    assert _file_words(("background", "left atrium")) == ["background", "left_atrium"]
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert pick_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:3")
+    assert pick_device("cpu") == torch.device("cpu")

@@ -167,13 +167,26 @@ def _joint(warped_images: Array, image: Array, window: Sequence[int], how: Fusio
     count = len(warped_images)
     target = np.stack([_locally(channel, window) for channel in image])
     errors = [np.abs(np.stack([_locally(c, window) for c in warped]) - target) for warped in warped_images]
-    shared = np.empty((*image.shape[1:], count, count), dtype=np.float32)
-    for i, j in itertools.combinations_with_replacement(range(count), 2):
+    pairs = list(itertools.combinations_with_replacement(range(count), 2))
+    shared = np.empty((len(pairs), *image.shape[1:]), dtype=np.float32)
+    for number, (i, j) in enumerate(pairs):
         value = np.mean([_mean(a * b, window) for a, b in zip(errors[i], errors[j], strict=True)], axis=0)
-        shared[..., i, j] = shared[..., j, i] = np.maximum(value, 0) ** how.power
-    level = np.einsum("...ii->...", shared)[..., None, None] / count
-    shared = shared / np.maximum(level, 1e-12) + np.float32(how.ridge) * np.eye(count, dtype=np.float32)
-    weights = np.linalg.solve(shared, np.ones((*shared.shape[:-1], 1), dtype=np.float32))[..., 0]
+        shared[number] = np.maximum(value, 0) ** how.power
+    del errors, target
+    weights = np.empty((count, *image.shape[1:]), dtype=np.float32)
+    for x in range(image.shape[1]):  # all matrices of a volume at once would need several times its memory
+        weights[:, x] = _solved(shared[:, x], pairs, count, how.ridge)
+    return weights
+
+
+def _solved(shared: Array, pairs: Sequence[tuple[int, int]], count: int, ridge: float) -> Array:
+    """``M^-1 1`` without negative weights ``[A, Y, Z]``, from the entries ``[pairs, Y, Z]`` of M."""
+    matrices = np.empty((*shared.shape[1:], count, count), dtype=np.float32)
+    for values, (i, j) in zip(shared, pairs, strict=True):
+        matrices[..., i, j] = matrices[..., j, i] = values
+    level = np.einsum("...ii->...", matrices)[..., None, None] / count
+    matrices = matrices / np.maximum(level, 1e-12) + np.float32(ridge) * np.eye(count, dtype=np.float32)
+    weights = np.linalg.solve(matrices, np.ones((*matrices.shape[:-1], 1), dtype=np.float32))[..., 0]
     return np.maximum(np.moveaxis(weights, -1, 0), 0)
 
 

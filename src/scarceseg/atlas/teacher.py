@@ -164,10 +164,18 @@ def copy_labels(targets: Sequence[PreparedCase], atlases: Sequence[PreparedCase]
     """
     labels = _labels(atlases, classes)
     for target in targets:
-        shares = np.stack([copy_label(labels[a.name], a.geometry, target.geometry, classes) for a in atlases])
-        mean = shares.mean(0)
+        own: list[LabelMap] = []
+        total: NDArray[np.float32] | None = None
+        for atlas in atlases:
+            share = copy_label(labels[atlas.name], atlas.geometry, target.geometry, classes)
+            own.append(share.argmax(0).astype(np.uint8))
+            total = share if total is None else total + share
+        assert total is not None
+        mean: NDArray[np.float32] = total / np.float32(len(own))
         label = mean.argmax(0).astype(np.uint8)
-        agreement = (shares.argmax(1) == label).mean(0, dtype=np.float32) if len(shares) > 1 else mean.max(0)
+        agreement: NDArray[np.float32] = mean.max(0)
+        if len(own) > 1:
+            agreement = np.mean([one == label for one in own], axis=0, dtype=np.float32)
         yield AtlasLabel(target.name, mean, label, agreement, tuple(labels))
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from scarceseg.data.crop import crop_padded, padded_size
+
 Array = NDArray[Any]
 Image = NDArray[np.float32]
 
@@ -78,7 +80,7 @@ def bend(
         coarse = draw.normal(0, 1, (5, 5, 5))
         at[axis] += strength * 0.03 * shape[axis] * ndimage.zoom(coarse, np.asarray(size) / 5, order=3)
     moved = np.stack([ndimage.map_coordinates(c, at, order=1, mode="nearest") for c in image])
-    return moved.astype(np.float32), ndimage.map_coordinates(label, at, order=0, mode="constant", cval=0)
+    return moved.astype(np.float32), ndimage.map_coordinates(label, at, order=0, mode="grid-constant", cval=0)
 
 
 def deform(
@@ -92,11 +94,12 @@ def deform(
 
     The deviations are those of `bend`, about the centre of the patch: 0.08 for an entry of the matrix, and 0.03 of the
     patch's sides for the elastic part, a cubic spline through 5x5x5 random vectors. What lies around the patch in the
-    volume is seen where the map leads there; beyond the volume its border is repeated.
+    volume is seen where the map leads there; beyond the volume its border is repeated. A volume with a side shorter than the
+    patch counts as padded with zeros (`scarceseg.data.crop`).
 
     Args:
         maps: ``image`` ``[C, X, Y, Z]`` (linear, and `contrast`) and other maps ``[..., X, Y, Z]`` of the same volume (nearest).
-        start: first voxel of the patch.
+        start: first voxel of the patch, in the padded volume.
         patch: its voxels ``(X, Y, Z)``.
         draw: source of the random map.
         strength: factor of all deviations; 0 only crops.
@@ -110,11 +113,10 @@ def deform(
     spline = [_spline(int(side)) for side in patch]
     at += np.einsum("cijk,xi,yj,zk->cxyz", nodes.astype(np.float32), *spline, optimize=True)
     at += (np.asarray(start) + centre).astype(np.float32)[:, None, None, None]
-    box, where = _around(at, maps["image"].shape[-3:])
+    first, size, where = _around(at, padded_size(maps["image"].shape[-3:], patch))
     moved = {}
     for key, value in maps.items():
-        inside: Any = (..., *box)
-        part = np.ascontiguousarray(value[inside])
+        part = np.ascontiguousarray(crop_padded(value, first, size, patch))
         flat = torch.from_numpy(part.reshape(1, -1, *part.shape[-3:]).astype(np.float32))
         mode = "bilinear" if key == "image" else "nearest"
         seen = F.grid_sample(flat, where, mode, "border", align_corners=False)[0].numpy()
@@ -133,15 +135,17 @@ def _spline(side: int) -> Image:
     return np.stack([ndimage.zoom(row, side / _NODES, order=3) for row in np.eye(_NODES, dtype=np.float32)], 1)
 
 
-def _around(at: Image, size: Sequence[int]) -> tuple[tuple[slice, ...], torch.Tensor]:
-    """The block of a volume of `size` in which the places ``[3, *patch]`` lie, and the places as `grid_sample` wants them."""
-    box, where = [], []
+def _around(at: Image, size: Sequence[int]) -> tuple[list[int], list[int], torch.Tensor]:
+    """First voxel and size of the block of a volume of `size` in which the places ``[3, *patch]`` lie, and the places as
+    `grid_sample` wants them."""
+    first, sides, where = [], [], []
     for places, side in zip(at, size, strict=True):
         low = int(np.clip(np.floor(places.min()), 0, side - 1))
         high = int(np.clip(np.ceil(places.max()) + 1, low + 1, side))
-        box.append(slice(low, high))
+        first.append(low)
+        sides.append(high - low)
         where.append((places - low + 0.5) * (2 / (high - low)) - 1)
-    return tuple(box), torch.from_numpy(np.stack(where[::-1], -1).astype(np.float32))[None]
+    return first, sides, torch.from_numpy(np.stack(where[::-1], -1).astype(np.float32))[None]
 
 
 def contrast(image: Image, draw: np.random.Generator) -> Image:

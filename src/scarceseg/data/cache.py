@@ -5,6 +5,7 @@ An entry is a ``.npy`` file and a ``.json`` file with its notes. Both are writte
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scarceseg.data.formats import detached
 from scarceseg.errors import DataError, RunError
 
 
@@ -34,11 +36,13 @@ def cache_folder() -> Path:
 def entry_path(folder: Path, name: str, sources: Sequence[Path], how: Mapping[str, Any]) -> Path:
     """Where the array made from `sources` (known by path, size and time of change) in the way `how` is kept.
 
+    A header whose voxels lie in files of their own (``.mhd``, ``.nhdr``) is known by these too.
+
     Raises:
         DataError: a source is missing.
     """
     stats = []
-    for path in sources:
+    for path in [one for source in sources for one in (source, *detached(source))]:
         try:
             stat = path.stat()
         except OSError as error:
@@ -49,14 +53,41 @@ def entry_path(folder: Path, name: str, sources: Sequence[Path], how: Mapping[st
 
 
 def load(entry: Path) -> tuple[NDArray[Any], dict[str, Any]] | None:
-    """The entry, or None when it is absent, cut short or otherwise not what was written."""
+    """The entry, or None when it is absent, cut short or otherwise not what was written.
+
+    Every array that is in use keeps a file open.
+
+    Raises:
+        RunError: no more files can be opened.
+    """
     try:
         notes = json.loads(entry.with_suffix(".json").read_text(encoding="utf-8"))
         array = np.load(entry, mmap_mode="r", allow_pickle=False)
         whole = list(array.shape) == notes["shape"] and array.dtype.str == notes["dtype"]
         return (array, notes) if whole and entry.stat().st_size == notes["bytes"] else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+            raise RunError(
+                f"cannot open {entry}: every prepared volume in use keeps a file open, and this system allows no more; raise "
+                "the limit, as in 'ulimit -n 8192', and start again"
+            ) from None
         return None
+
+
+def allow_many_files() -> None:
+    """Ask the system for as many open files as it gives a process; what cannot be had is left as it is."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = (1 << 16) if hard == resource.RLIM_INFINITY else hard
+    for wanted in (most, 10240):  # macOS has a limit of its own below the one it tells
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
 
 
 def store(entry: Path, array: NDArray[Any], notes: dict[str, Any]) -> tuple[NDArray[Any], dict[str, Any]]:

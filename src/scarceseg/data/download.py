@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import lzma
 import os
+import platform
 import tarfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -97,10 +100,14 @@ def extract_tar(archive: Path, folder: Path) -> None:
         DataError: not a tar file, damaged, or with such a name.
         RunError: the files cannot be written.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise RunError(
+            f"cannot unpack {archive}: Python {platform.python_version()} has no safe way to; take 3.10.12, 3.11.4 or newer"
+        )
     try:
         with tarfile.open(archive) as file:
             file.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot unpack {archive}: {error}; fetch it again") from None
     except OSError as error:
         raise RunError(

@@ -116,9 +116,12 @@ def _check(case: Case, classes: range) -> None:
 
 
 def _thin(samples: NDArray[Any], count: int) -> NDArray[Any]:
-    """At most about `count` columns, evenly spread; the odd stride does not keep step with rows of even length."""
+    """At most about `count` columns, evenly spread; the odd stride does not keep step with rows of even length.
+
+    A copy: a view would keep its whole volume in memory.
+    """
     stride = max(-(-samples.shape[1] // count), 1)
-    return samples[:, :: stride + (stride > 1 and stride % 2 == 0)]
+    return samples[:, :: stride + (stride > 1 and stride % 2 == 0)].copy()
 
 
 def _statistics(values: NDArray[np.float32]) -> Intensities:

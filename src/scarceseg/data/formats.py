@@ -31,6 +31,25 @@ def image_suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix) and len(name) > len(suffix)), None)
 
 
+def detached(path: Path) -> list[Path]:
+    """The files a header of its own (``.mhd``, ``.nhdr``) names for the voxels, as far as they are there; else none."""
+    if image_suffix(path) not in {".mhd", ".nhdr"}:
+        return []
+    try:
+        with path.open(encoding="latin-1") as file:
+            lines = file.read(1 << 16).splitlines()
+    except OSError:
+        return []
+    for number, line in enumerate(lines):
+        if named := re.match(r"\s*(?:ElementDataFile\s*=|data ?file:)\s*(.*)", line):
+            word = named[1].split()[0] if named[1].split() else ""
+            names = lines[number + 1 :] if word == "LIST" else [named[1]]
+            # "slice%03d.raw 1 80 1" stands for a row of files
+            found = sorted(path.parent.glob(re.sub(r"%\d*d", "*", word))) if "%" in word else []
+            return found + [one for name in names if name.strip() and (one := path.parent / name.strip()).is_file()]
+    return []
+
+
 def read_file(path: Path) -> sitk.Image:
     """Read one file of any size and pixel type.
 

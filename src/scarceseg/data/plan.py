@@ -83,7 +83,12 @@ class Plan(BaseModel):
 
 
 def make_plan(
-    fingerprint: Fingerprint, dataset: Dataset, split: Split, config: Config, divisor: int | tuple[int, int, int]
+    fingerprint: Fingerprint,
+    dataset: Dataset,
+    split: Split,
+    config: Config,
+    divisor: int | tuple[int, int, int],
+    fixed: tuple[int, int, int] | None = None,
 ) -> Plan:
     """Choose what the config leaves open.
 
@@ -93,6 +98,7 @@ def make_plan(
         split: to tell whether a step has unlabelled rows.
         config: `config.plan` overrides every choice.
         divisor: the network needs patch sides that are multiples of it.
+        fixed: the one patch it is built for, if it is.
 
     Raises:
         ConfigError: the spacing asked for is impossible, or the patch does not suit the network.
@@ -103,6 +109,12 @@ def make_plan(
     shapes = _shapes(fingerprint, spacing)
     median = _three(np.maximum(np.rint(np.median(shapes, axis=0)), 1).astype(int).tolist())
     patch = config.plan.patch
+    if fixed is not None and patch not in (None, fixed):
+        raise ConfigError(
+            f"patch: network {config.network.name!r} is built for {'x'.join(map(str, fixed))} voxels alone, got "
+            f"{'x'.join(map(str, patch or ()))}; take that patch, or set the network's argument img_size"
+        )
+    patch = fixed or patch
     if patch is None:
         patch = _choose_patch(median, divisors)
     else:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scarceseg.data.cache import cache_folder, entry_path, load, store
+from scarceseg.data.cache import allow_many_files, cache_folder, entry_path, load, store
 from scarceseg.data.dataset import Case, UnlabelledCase
 from scarceseg.data.geometry import orient, orient_geometry, resample, respace, smooth_for
 from scarceseg.data.images import read_label, read_volume
@@ -216,6 +216,7 @@ def prepare_cases(
         DataError: a file cannot be used.
         RunError: the cache cannot be written.
     """
+    allow_many_files()
     folder = cache or cache_folder()
     cases: list[Case | UnlabelledCase] = [*labelled, *unlabelled]
     done: dict[str, PreparedCase] = {}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from scarceseg.data.augment import deform
+from scarceseg.data.crop import crop_padded, padded_size
 from scarceseg.engine.seeds import rng
 from scarceseg.types import Augment, Labelled, LabelMap, Unlabelled, Volume
 
@@ -38,22 +39,6 @@ class Source:
     image: Volume
     label: LabelMap | None = None
     fields: Mapping[str, Array] | None = None
-
-
-def pad_to(array: Array, patch: Sequence[int]) -> Array:
-    """Zero-pad the last three axes to at least `patch`, half before (rounded down) and the rest after."""
-    missing = [max(side - size, 0) for side, size in zip(patch, array.shape[-3:], strict=True)]
-    if not any(missing):
-        return array
-    widths = [(0, 0)] * (array.ndim - 3) + [(m // 2, m - m // 2) for m in missing]
-    return np.pad(array, widths)
-
-
-def crop(array: Array, start: Sequence[int], patch: Sequence[int]) -> Array:
-    """The block of size `patch` at voxel `start` of the last three axes (a view)."""
-    box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
-    index: Any = (..., *box)
-    return array[index]
 
 
 def turn(array: Array, quarter_turns: int, flip_axis: int | None) -> Array:
@@ -165,13 +150,13 @@ class PatchSampler:
         maps: dict[str, Array] = {"image": source.image, **(source.fields or {})}
         if source.label is not None:
             maps["label"] = source.label
-        maps = {key: pad_to(value, self.patch) for key, value in maps.items()}
-        start = self._start(source, maps["image"].shape[-3:], draw)
+        start = self._start(source, padded_size(source.image.shape[-3:], self.patch), draw)
         if self.augment == "deform":
             return source.name, deform(maps, start, self.patch, draw)
         turns, flip = self._turn(draw)
         return source.name, {
-            key: np.ascontiguousarray(turn(crop(value, start, self.patch), turns, flip)) for key, value in maps.items()
+            key: np.ascontiguousarray(turn(crop_padded(value, start, self.patch, self.patch), turns, flip))
+            for key, value in maps.items()
         }
 
     def _start(self, source: Source, size: Sequence[int], draw: np.random.Generator) -> list[int]:

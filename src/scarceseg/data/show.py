@@ -12,7 +12,7 @@ from scarceseg.config import Config
 from scarceseg.data.dataset import load_dataset, make_split
 from scarceseg.data.plan import Plan, fingerprint, make_plan
 from scarceseg.methods.base import build_terms
-from scarceseg.networks.base import divisor_of
+from scarceseg.networks.base import sides_of
 
 
 def plan_dataset(config: Config) -> Plan:
@@ -24,8 +24,8 @@ def plan_dataset(config: Config) -> Plan:
     build_terms(config.method, config.terms, classes=2)  # names and options are checked, as `train` does
     dataset = load_dataset(Path(config.dataset))
     split = make_split(dataset, config.labeled, config.val)
-    divisor = divisor_of(config.network.name, config.network.args)
-    made = make_plan(fingerprint(dataset, split), dataset, split, config, divisor)
+    sides = sides_of(config.network.name, config.network.args)
+    made = make_plan(fingerprint(dataset, split), dataset, split, config, *sides)
     return made.model_copy(update={"warnings": (*split.warnings, *made.warnings)})
 
 

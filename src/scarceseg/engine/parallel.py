@@ -39,6 +39,20 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Number of this process among those on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def gathered(value: Result) -> list[Result]:
+    """The values of all processes, in their order; each waits for the last one."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def check_rows(rows: int) -> None:
     """Refuse a step whose rows the processes cannot share equally.
 
@@ -64,7 +78,7 @@ def meet(cuda: bool) -> None:
         return
     try:
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(local_rank())
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     except (RuntimeError, ValueError) as error:

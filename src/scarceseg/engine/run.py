@@ -30,7 +30,7 @@ from scarceseg.foundation.load import check_foundation
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms
 from scarceseg.methods.models import foundation_models, settle_foundations
-from scarceseg.networks.base import build_network, divisor_of
+from scarceseg.networks.base import Sides, build_network, sides_of
 from scarceseg.report import build_report
 
 
@@ -70,7 +70,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     config = config.model_copy(update={"dataset": str(Path(config.dataset).resolve())})
     if config.select == "best" and not split.val:
         raise ConfigError("select: best needs validation cases: name them with --val, or keep select: last")
-    divisor = divisor_of(config.network.name, config.network.args)
+    sides = sides_of(config.network.name, config.network.args)
     if not (resume and (folder / "config.yaml").exists()):  # a run that goes on may be past the stages that need them
         for name in {name for names in foundation_models(config).values() for name in names}:
             check_foundation(name)
@@ -78,7 +78,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     with stop_signals() as stop:
         warnings = [*split.warnings, *_useless(config, method_terms)]
         with given_back(folder, resumed), timed_stage(folder, "prepare"):
-            plan = first_alone(lambda: _plan(config, dataset, split, folder, divisor, resumed))
+            plan = first_alone(lambda: _plan(config, dataset, split, folder, sides, resumed))
         with timed_stage(folder, "prepare"):
             warnings += plan.warnings
             terms = _terms(config, method_terms, split, plan, warnings)
@@ -130,9 +130,7 @@ def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
     return found
 
 
-def _plan(
-    config: Config, dataset: Dataset, split: Split, folder: Path, divisor: tuple[int, int, int], resumed: bool
-) -> Plan:
+def _plan(config: Config, dataset: Dataset, split: Split, folder: Path, sides: Sides, resumed: bool) -> Plan:
     plan_file, split_file = folder / "plan.json", folder / "split.json"
     if resumed and plan_file.exists() and split_file.exists():
         if read_json(split_file, None) != split.to_json():
@@ -146,7 +144,7 @@ def _plan(
             raise RunError(
                 f"cannot read {plan_file} ({str(error).splitlines()[0]}): restore it, or start a new run"
             ) from None
-    plan = make_plan(fingerprint(dataset, split), dataset, split, config, divisor)
+    plan = make_plan(fingerprint(dataset, split), dataset, split, config, *sides)
     write_json(split_file, split.to_json())
     write_text(plan_file, plan.model_dump_json(indent=1) + "\n")
     return plan

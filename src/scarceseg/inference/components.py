@@ -26,12 +26,12 @@ def largest_component(label: LabelMap, classes: Collection[int] | None = None) -
         A new label map.
     """
     cleaned = label.copy()
-    for index in np.unique(label) if classes is None else classes:
-        if index == 0:
+    for index, box in enumerate(ndimage.find_objects(label), start=1):
+        if box is None or (classes is not None and index not in classes):
             continue
-        pieces, count = ndimage.label(label == index, structure=_TOUCHING)
+        pieces, count = ndimage.label(label[box] == index, structure=_TOUCHING)
         if count > 1:
             sizes = np.bincount(pieces.ravel())
             sizes[0] = 0
-            cleaned[(pieces > 0) & (pieces != sizes.argmax())] = 0
+            cleaned[box][(pieces > 0) & (pieces != sizes.argmax())] = 0
     return cleaned

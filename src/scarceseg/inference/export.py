@@ -112,7 +112,9 @@ def write_job(job: Job, prediction: Prediction, clean: bool) -> list[Path]:
 
 
 def _file_words(classes: Sequence[str]) -> list[str]:
-    """Class names as parts of file names; where two become alike, their index is added."""
+    """Class names as parts of file names; their index is added until no two are alike, in small letters too."""
     words = [re.sub(r"[^\w.-]+", "_", name).strip("._") or str(index) for index, name in enumerate(classes)]
-    lower = [word.lower() for word in words]
-    return [f"{word}_{index}" if lower.count(word.lower()) > 1 else word for index, word in enumerate(words)]
+    while len({word.lower() for word in words}) < len(words):
+        lower = [word.lower() for word in words]
+        words = [f"{word}_{index}" if lower.count(word.lower()) > 1 else word for index, word in enumerate(words)]
+    return words

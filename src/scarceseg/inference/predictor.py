@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from scarceseg.data.images import list_images, read_volume
 from scarceseg.data.prepare import prepare_volume
 from scarceseg.engine.logging import Display
-from scarceseg.engine.parallel import processes, rank
+from scarceseg.engine.parallel import gathered, local_rank, meet, processes, rank
 from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
@@ -93,6 +95,7 @@ class Predictor:
 
         Raises:
             RunError: the device has too little memory, or the network takes no whole volumes.
+            DataError: the network's output is not a number everywhere.
         """
         window = self.window(volume)
         try:
@@ -111,14 +114,21 @@ class Predictor:
                 f"{self.device} has too little memory for {self.batch} windows of "
                 f"{'x'.join(map(str, window))} voxels at once: take a smaller batch, windows instead of the whole, or the CPU"
             ) from None
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, ConfigError) as error:
             if not self.whole:
                 raise
             raise RunError(
                 f"the network {self.info.network.name} cannot take {'x'.join(map(str, window))} voxels in one piece "
                 f"({str(error).splitlines()[0]}): predict without 'whole'"
             ) from None
-        return Prediction(probability.cpu().numpy(), volume.geometry, volume.original)
+        found = probability.cpu().numpy()
+        if not np.isfinite(found.sum(dtype=np.float64)):  # NaN in any voxel; probabilities are bounded
+            raise DataError(
+                "the network's output for this volume is not a number everywhere: expected probabilities; look at its "
+                "intensities beside those of the training volumes"
+                + (", or predict with --device cpu" if self.device.type != "cpu" else "")
+            )
+        return Prediction(found, volume.geometry, volume.original)
 
     def window(self, volume: Prepared) -> tuple[int, ...]:
         """Size of a window: the patch, or the whole volume rounded up to what the network's halvings need."""
@@ -155,13 +165,15 @@ class Predictor:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU, or the CPU where there is none.
+    """The device called `name`; "auto" is the first GPU, or the CPU where there is none. ``torchrun`` gives each process its own.
 
     Raises:
         RunError: not a device's name, or a GPU that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes() > 1:
+        name = f"cuda:{local_rank()}"
     device: torch.device | None
     try:
         device = torch.device(name)
@@ -224,15 +236,22 @@ def predict(
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
     jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)[rank() :: processes()]
     open_folder(Path(out))
-    if not jobs:
-        return []
+    meet(cuda=False)  # before the work: who comes late is told at once
+    written: list[Path] = []
+    failed: dict[str, str] = {}
     with ExitStack() as stack:
-        report = on_progress or _bar(stack.enter_context(Display("predict", 0, len(jobs))))
-        written, failed = _run_jobs(predictor, jobs, largest_component, report)
+        if jobs:
+            report = on_progress or _bar(stack.enter_context(Display("predict", 0, len(jobs))))
+            written, failed = _run_jobs(predictor, jobs, largest_component, report)
+    # A process that ends with an error ends the others, so that all wait for the last one.
+    everything = gathered((len(jobs), failed))
+    total, failed = sum(count for count, _ in everything), dict(ChainMap(*(part for _, part in everything)))
     if failed:
-        listing = "; ".join(f"{name}: {message}" for name, message in failed.items())
-        rest = f"the other {len(jobs) - len(failed)} are in {out}" if len(failed) < len(jobs) else "nothing was written"
-        raise DataError(f"{len(failed)} of {len(jobs)} cases failed ({rest}): {listing}")
+        listing = "; ".join(f"{name}: {message}" for name, message in sorted(failed.items()))
+        rest = f"the other {total - len(failed)} are in {out}" if len(failed) < total else "nothing was written"
+        error = DataError(f"{len(failed)} of {total} cases failed ({rest}): {listing}")
+        error.told = rank() > 0
+        raise error
     return written
 
 
@@ -253,20 +272,19 @@ def _run_jobs(
             for number, job in enumerate(jobs):
                 assert coming is not None
                 ready, coming = coming, None
+                coming = reader.submit(load, jobs[number + 1]) if number + 1 < len(jobs) else None
                 try:
-                    volume = ready.result()
+                    prediction = predictor.predict_prepared(
+                        ready.result(), _within(on_progress, number, len(jobs), job.name)
+                    )
                 except DataError as error:
                     failed[job.name] = str(error)
-                del ready
-                coming = reader.submit(load, jobs[number + 1]) if number + 1 < len(jobs) else None
-                if job.name not in failed:
-                    report = _within(on_progress, number, len(jobs), job.name)
-                    prediction = predictor.predict_prepared(volume, report)
-                    del volume
+                else:
                     if leaving is not None:
                         written += leaving.result()
                     leaving = writer.submit(write_job, job, prediction, clean)
                     del prediction
+                del ready
                 on_progress(number + 1, len(jobs), job.name)
             if leaving is not None:
                 written += leaving.result()

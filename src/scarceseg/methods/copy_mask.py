@@ -34,9 +34,11 @@ class CopyMask(PseudoLabelTerm):
 
     def probability_of(self, work: Workspace, case: PreparedCase) -> NDArray[np.float32]:
         """Mean of the stretched masks ``[K, X, Y, Z]``."""
-        parts = []
+        total: NDArray[np.float32] | None = None
         for atlas in work.labelled:
             assert atlas.label is not None
-            parts.append(copy_label(np.asarray(atlas.label), atlas.geometry, case.geometry, work.classes))
-        mean: NDArray[np.float32] = np.mean(parts, axis=0, dtype=np.float32)
+            share = copy_label(np.asarray(atlas.label), atlas.geometry, case.geometry, work.classes)
+            total = share if total is None else total + share
+        assert total is not None
+        mean: NDArray[np.float32] = total / np.float32(len(work.labelled))
         return mean

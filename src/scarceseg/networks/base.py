@@ -8,7 +8,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,13 @@ from scarceseg.types import ImageBatch, Logits
 
 
 class SegmentationNetwork(nn.Module, ABC):
-    """A patch ``[B, C, X, Y, Z]`` in, logits ``[B, K, X, Y, Z]`` of the same size out."""
+    """A patch ``[B, C, X, Y, Z]`` in, logits ``[B, K, X, Y, Z]`` of the same size out.
+
+    Attributes:
+        fixed_size: the one patch it is built for, or None.
+    """
+
+    fixed_size: tuple[int, int, int] | None = None
 
     @property
     @abstractmethod
@@ -226,14 +232,27 @@ def keep_layout(features: torch.Tensor) -> torch.Tensor:
     return features
 
 
-def divisor_of(name: str, args: dict[str, Any] | None = None) -> tuple[int, int, int]:
-    """`SegmentationNetwork.divisor` of a network, which is built on the meta device; random state is left as it was.
+class Sides(NamedTuple):
+    """What a network asks of a patch: sides that are multiples of `divisor`, or where it is `fixed` exactly that size."""
+
+    divisor: tuple[int, int, int]
+    fixed: tuple[int, int, int] | None = None
+
+
+def sides_of(name: str, args: dict[str, Any] | None = None) -> Sides:
+    """What a network asks of a patch; it is built on the meta device, and random state is left as it was.
 
     Raises:
         ConfigError: as `build_network`.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build_network(name, channels=1, classes=2, args=args).divisor
+        network = build_network(name, channels=1, classes=2, args=args)
+        return Sides(network.divisor, network.fixed_size)
+
+
+def divisor_of(name: str, args: dict[str, Any] | None = None) -> tuple[int, int, int]:
+    """`SegmentationNetwork.divisor` of a network, see `sides_of`."""
+    return sides_of(name, args).divisor
 
 
 def _call(

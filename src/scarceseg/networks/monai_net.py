@@ -118,7 +118,7 @@ class MonaiNetwork(SegmentationNetwork):
         if self.fixed_size is not None and tuple(image.shape[2:]) != self.fixed_size:
             raise ConfigError(
                 f"{self.name} is built for patches of {list(self.fixed_size)}, got {list(image.shape[2:])}: "
-                "set its argument img_size to the patch"
+                "take that patch, or set the network's argument img_size"
             )
 
     def forward(self, image: ImageBatch) -> Logits:
