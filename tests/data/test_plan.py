@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from scarceseg.config import Config
 from scarceseg.data.dataset import Case, Dataset, Split, UnlabelledCase, load_dataset, make_split
-from scarceseg.data.fingerprint import CaseFacts, Intensities, _look
+from scarceseg.data.fingerprint import CaseFacts, Intensities, _read
 from scarceseg.data.images import write_image
 from scarceseg.data.plan import PATCH_VOXELS, Fingerprint, Plan, fingerprint, make_plan
 from scarceseg.errors import ConfigError
@@ -153,10 +154,38 @@ def test_fingerprint_of_files(tmp_path: Path) -> None:
     assert facts.cases[2].class_voxels is None
 
 
+def test_files_are_read_again_only_when_they_or_the_role_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_dataset(tmp_path / "d", geometry=grid((12, 11, 9)))
+    dataset = load_dataset(folder)
+    read: list[str] = []
+
+    def watched(case: Case | UnlabelledCase, classes: range) -> Any:
+        read.append(case.name)
+        return _read(case, classes)
+
+    monkeypatch.setattr("scarceseg.data.fingerprint._read", watched)
+    few, more = make_split(dataset, 1, []), make_split(dataset, 2, [])
+    first = fingerprint(dataset, few, tmp_path / "cache")
+    assert sorted(read) == ["a", "b", "c", "d", "e"]
+    assert fingerprint(dataset, few, tmp_path / "cache") == first and len(read) == 5
+    assert fingerprint(dataset, more, tmp_path / "cache").cases[1].class_voxels is not None and read[5:] == ["b"]
+    again = fingerprint(dataset, few, tmp_path / "cache")
+    assert again.cases[1].class_voxels is None and again == first and len(read) == 6
+    write_image(smooth((12, 11, 9), seed=9), grid((12, 11, 9)), folder / "imagesTr" / "c_0000.nii.gz")
+    assert fingerprint(dataset, few, tmp_path / "cache") != first and read[6:] == ["c"]
+    for path in (tmp_path / "cache").glob("d-facts*.json"):
+        path.write_text(path.read_text().replace("samples", "sample"))
+    (tmp_path / "file").touch()
+    changed = fingerprint(dataset, few, tmp_path / "cache")
+    assert read[7:] == ["d"] and fingerprint(dataset, few, tmp_path / "file" / "cache") == changed
+
+
 def test_the_facts_of_a_volume_do_not_keep_it_in_memory(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d", geometry=grid((60, 60, 60)))
     case = make_split(load_dataset(folder), 1, ["c"]).labelled[0]
-    for kept in _look(case, range(2))[1:]:
+    for kept in _read(case, range(2))[1:]:
         assert kept.base is None and kept.nbytes < 60**3 * 4
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from scarceseg.data.cache import cache_folder, entry_path, load, store
 from scarceseg.data.dataset import Case, Dataset, Split, UnlabelledCase
 from scarceseg.data.geometry import orient_geometry
 from scarceseg.data.images import read_label, read_volume
+from scarceseg.errors import RunError
+
+FACTS_VERSION = 1
+"""Part of the cache key; goes up when the meaning of a case's facts changes."""
 
 SAMPLES = 100_000
 """Voxels of a case that its intensity statistics are computed from."""
@@ -58,24 +65,25 @@ class Fingerprint(BaseModel):
     foreground: list[Intensities] | None
 
 
-def fingerprint(dataset: Dataset, split: Split) -> Fingerprint:
+def fingerprint(dataset: Dataset, split: Split, cache: Path | None = None) -> Fingerprint:
     """Read the images of all training cases, and the labels of the labelled ones only.
 
-    Validation cases are read too, so that one that cannot be used is told before the training and not after it; nothing of
-    them enters the facts.
+    What was found out about a case is kept; its files are read again when they or its role have changed. Validation cases are
+    read too, so that one that cannot be used is told before the training and not after it; nothing of them enters the facts.
 
     Args:
         dataset: gives the classes.
         split: who is what.
+        cache: folder; None is `cache_folder`.
 
     Raises:
         DataError: a file cannot be used (see `images.read_volume` and `images.read_label`).
     """
-    classes = range(len(dataset.classes))
+    classes, folder = range(len(dataset.classes)), cache or cache_folder()
     cases: list[Case | UnlabelledCase] = [*split.labelled, *split.unlabelled]
     with ThreadPoolExecutor(2, thread_name_prefix="fingerprint") as pool:
         try:
-            looks = list(pool.map(lambda case: _look(case, classes), cases))
+            looks = list(pool.map(lambda case: _look(case, classes, folder), cases))
             list(pool.map(lambda case: _check(case, classes), split.val))
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -89,7 +97,28 @@ def fingerprint(dataset: Dataset, split: Split) -> Fingerprint:
     )
 
 
-def _look(case: Case | UnlabelledCase, classes: range) -> tuple[CaseFacts, NDArray[np.float32], NDArray[np.float32]]:
+Look = tuple[CaseFacts, NDArray[np.float32], NDArray[np.float32]]
+"""A case's facts, and samples ``[C, N]`` of its voxels and of its labelled foreground."""
+
+
+def _look(case: Case | UnlabelledCase, classes: range, folder: Path) -> Look:
+    """From the cache, where it is there. The files that are read are the entry's key, so that a label belongs to it or not."""
+    files = [*case.images, *([case.label] if isinstance(case, Case) and case.label is not None else [])]
+    entry = entry_path(folder, f"{case.name}-facts", files, {"version": FACTS_VERSION, "classes": len(classes)})
+    kept = load(entry)
+    if kept is not None:
+        with suppress(KeyError, ValueError):  # somebody edited it
+            facts, count = CaseFacts.model_validate(kept[1]["facts"]), int(kept[1]["samples"])
+            values = np.array(kept[0])  # and not the map, which would keep its file open
+            return facts, values[:, :count], values[:, count:]
+    facts, samples, foreground = _read(case, classes)
+    with suppress(RunError):  # the plan can be made without keeping it
+        notes = {"facts": facts.model_dump(mode="json"), "samples": samples.shape[1]}
+        store(entry, np.concatenate([samples, foreground], axis=1), notes)
+    return facts, samples, foreground
+
+
+def _read(case: Case | UnlabelledCase, classes: range) -> Look:
     volume, geometry = read_volume(case.images)
     samples = _thin(volume.reshape(len(volume), -1), SAMPLES)
     counts, foreground = None, samples[:, :0]

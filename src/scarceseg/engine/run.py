@@ -78,7 +78,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     with stop_signals() as stop:
         warnings = [*split.warnings, *_useless(config, method_terms)]
         with given_back(folder, resumed), timed_stage(folder, "prepare"):
-            plan = first_alone(lambda: _plan(config, dataset, split, folder, sides, resumed))
+            plan = first_alone(lambda: _plan(config, dataset, split, folder, sides, resumed, cache))
         with timed_stage(folder, "prepare"):
             warnings += plan.warnings
             terms = _terms(config, method_terms, split, plan, warnings)
@@ -130,7 +130,9 @@ def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
     return found
 
 
-def _plan(config: Config, dataset: Dataset, split: Split, folder: Path, sides: Sides, resumed: bool) -> Plan:
+def _plan(
+    config: Config, dataset: Dataset, split: Split, folder: Path, sides: Sides, resumed: bool, cache: Path | None
+) -> Plan:
     plan_file, split_file = folder / "plan.json", folder / "split.json"
     if resumed and plan_file.exists() and split_file.exists():
         if read_json(split_file, None) != split.to_json():
@@ -144,7 +146,7 @@ def _plan(config: Config, dataset: Dataset, split: Split, folder: Path, sides: S
             raise RunError(
                 f"cannot read {plan_file} ({str(error).splitlines()[0]}): restore it, or start a new run"
             ) from None
-    plan = make_plan(fingerprint(dataset, split), dataset, split, config, *sides)
+    plan = make_plan(fingerprint(dataset, split, cache), dataset, split, config, *sides)
     write_json(split_file, split.to_json())
     write_text(plan_file, plan.model_dump_json(indent=1) + "\n")
     return plan
