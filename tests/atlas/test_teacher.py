@@ -23,7 +23,7 @@ from scarceseg.atlas import (
 )
 from scarceseg.atlas.fuse import fuse
 from scarceseg.atlas.register import register
-from scarceseg.atlas.spread import Spread, count_workers
+from scarceseg.atlas.spread import Spread, at_once, count_workers
 from scarceseg.atlas.teacher import class_dice
 from scarceseg.atlas.warp import copy_label, warp_image, warp_label
 from scarceseg.data.prepare import PreparedCase
@@ -227,6 +227,38 @@ def double_or_die(number: int) -> int:
 def test_the_work_goes_on_when_worker_processes_die() -> None:
     with pytest.warns(UserWarning, match="worker processes ended early"), Spread(2, 9, None) as spread:
         assert list(spread.results(double_or_die, range(9), str)) == list(range(0, 18, 2))
+
+
+def test_large_jobs_wait_for_each_other() -> None:
+    assert at_once(100, memory=1000) == 10 and at_once(1e12, memory=5) == 1
+    assert (at_once(1) or 1000) >= 1000  # what this machine has free
+    given: list[int] = []
+    waiting = 0
+
+    class Late:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def result(self) -> int:
+            nonlocal waiting
+            waiting -= 1
+            return 2 * self.number
+
+    def submit(_: Any, number: int) -> Late:
+        nonlocal waiting
+        waiting += 1
+        given.append(waiting)
+        return Late(number)
+
+    for most, largest in ((2, 2), (9, 4), (None, 4)):
+        with Spread(3, 6, None) as spread:
+            given.clear()
+            spread._submit = submit  # type: ignore[assignment, method-assign]
+            assert list(spread.results(int, range(6), str, most)) == [0, 2, 4, 6, 8, 10]
+            assert max(given) == largest
+    with Spread(3, 6, None) as spread:  # one alone: no process is needed
+        spread._submit = refuse  # type: ignore[method-assign]
+        assert list(spread.results(str, range(3), str, 1)) == ["0", "1", "2"]
 
 
 def test_workers_default_to_the_cores_at_hand() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 import SimpleITK as sitk
@@ -27,6 +29,25 @@ def count_workers(workers: int | None) -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def at_once(largest: float, memory: int | None = None) -> int | None:
+    """How many jobs of `largest` bytes fit into the memory that is free, one at least; None where the system does not tell.
+
+    Args:
+        largest: bytes of a job.
+        memory: free bytes; None asks the system.
+    """
+    if memory is None:
+        try:
+            text = Path("/proc/meminfo").read_text(encoding="ascii")
+        except OSError:
+            return None
+        found = re.search(r"^MemAvailable: *(\d+) kB", text, flags=re.MULTILINE)
+        if found is None:
+            return None
+        memory = 1024 * int(found[1])
+    return max(int(memory // largest), 1)
 
 
 class Spread:
@@ -65,23 +86,28 @@ class Spread:
             pass
 
     def results(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], text: Callable[[Job], str]
+        self,
+        function: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        text: Callable[[Job], str],
+        most: int | None = None,
     ) -> Iterator[Result]:
-        """Results in the order of the jobs; a few are made ahead."""
-        for job, result in zip(jobs, self._results(function, jobs), strict=True):
+        """Results in the order of the jobs; a few are made ahead, at `most` so many at the same time."""
+        for job, result in zip(jobs, self._results(function, jobs, most), strict=True):
             self.done += 1
             if self._on_progress:
                 self._on_progress(self.done, self.total, text(job))
             yield result
 
-    def _results(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
-        if self.workers == 1 or len(jobs) < 2:
+    def _results(self, function: Callable[[Job], Result], jobs: Sequence[Job], most: int | None) -> Iterator[Result]:
+        ahead = self.workers + 1 if most is None else min(self.workers + 1, most)
+        if self.workers == 1 or len(jobs) < 2 or ahead == 1:
             yield from map(function, jobs)
             return
         waiting: deque[tuple[Job, Future[Result] | None]] = deque()
         for job in jobs:
             waiting.append((job, self._submit(function, job)))
-            if len(waiting) > self.workers:
+            if len(waiting) >= ahead:
                 yield self._result(function, *waiting.popleft())
         while waiting:
             yield self._result(function, *waiting.popleft())

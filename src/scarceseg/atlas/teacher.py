@@ -7,6 +7,7 @@ registered fully, then warped and fused. The label of a target is never looked a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scarceseg.atlas.fuse import Fusion, fuse
 from scarceseg.atlas.pairs import Pair, Scan, aligned, is_kept, kept_alignment, scan_of
 from scarceseg.atlas.register import Registration
-from scarceseg.atlas.spread import Progress, Spread, count_workers
+from scarceseg.atlas.spread import Progress, Spread, at_once, count_workers
 from scarceseg.atlas.warp import copy_label, warp_image, warp_label
 from scarceseg.data.cache import cache_folder
 from scarceseg.data.prepare import PreparedCase
@@ -210,7 +211,8 @@ def _label_all(
             _Labelling(pairs[0].fixed, tuple((p, labels[p.moving.name]) for p in pairs), classes, options.fusion)
             for pairs in best
         ]
-        yield from spread.results(_labelled, jobs, lambda job: job.target.name)
+        most = at_once(max(map(_memory, jobs), default=1))
+        yield from spread.results(_labelled, jobs, lambda job: job.target.name, most)
 
 
 def _most_similar(pairs: Sequence[Pair], options: AtlasOptions) -> list[Pair]:
@@ -243,6 +245,14 @@ def _labelled(job: _Labelling) -> AtlasLabel:
     return AtlasLabel(
         job.target.name, probability, probability.argmax(0).astype(np.uint8), agreement, names, tuple(notes)
     )
+
+
+def _memory(job: _Labelling) -> int:
+    """Bytes that warping and fusing need, about: images, errors of each atlas, what each two share, weights, probabilities."""
+    channels, *sides = job.target.image.shape
+    count = len(job.atlases)
+    a_voxel = 16 * count * channels + 2 * count * (count + 1) + 12 * count + 16 * job.classes + 64
+    return a_voxel * math.prod(sides)
 
 
 def _pair_text(pair: Pair) -> str:
