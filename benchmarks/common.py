@@ -28,6 +28,7 @@ FOLLOWED = (
     "foundation",
     "atlas",
     "data/augment.py",
+    "data/crop.py",
     "data/whole.py",
     "engine/ema.py",
 )
@@ -43,7 +44,7 @@ CLICKS = (
 # What the speed of inference, and of what stands beside the training step, depends on.
 INFERENCE = ("inference/sliding.py", "inference/predictor.py", "networks/vnet.py", "data/prepare.py")
 PIPELINE = {
-    "loader": ("data/sampling.py", "data/augment.py"),
+    "loader": ("data/sampling.py", "data/augment.py", "data/crop.py"),
     "labels": ("foundation/tiny_sam.py", "foundation/tiny_sam3d_tuned.py", "foundation/tiny_sam3d_net.py"),
     "help": ("cli.py", "__init__.py"),
 }
@@ -70,7 +71,14 @@ def training_code(method: str) -> tuple[str, ...]:
 
 def step_code(method: str) -> tuple[str, ...]:
     """Files that the time of a training step depends on: those of a run but for what stands beside the step."""
-    beside = ("data/prepare.py", "data/sampling.py", "data/augment.py", "engine/statistics.py", "inference/sliding.py")
+    beside = (
+        "data/prepare.py",
+        "data/sampling.py",
+        "data/augment.py",
+        "data/crop.py",
+        "engine/statistics.py",
+        "inference/sliding.py",
+    )
     return tuple(part for part in training_code(method) if part not in beside)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/phantoms_development.py RUNS [--methods supervised,mean-teacher,...] [--labels 1,4]
 
-24 phantoms of 40x40x32 voxels train (the first N labelled), 8 others validate; V-Net-8, patch 32x32x32, 300 iterations of AdamW
+24 phantoms of 40x40x32 voxels train (the first N labelled), 8 others validate; V-Net-8, patch 32x32x32, 1000 iterations of AdamW
 (0.003, poly), half of the labelled patches on foreground, last checkpoint. With one label sfr's model is tuned for 100 steps. The
 volumes are made under RUNS from one seed.
 """
@@ -34,7 +34,7 @@ def dataset(runs: Path) -> Path:
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, methods=METHODS, labels="1,4", iterations=300)
+    add_options(parser, methods=METHODS, labels="1,4", iterations=1000)
     options = parser.parse_args()
     data = dataset(options.runs)
     names = sorted(path.name.removesuffix("_0000.nii.gz") for path in (data / "imagesTr").glob("*_0000.nii.gz"))

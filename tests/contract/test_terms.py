@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from scarceseg.config import OptimConfig
+from scarceseg.engine.ema import EmaTeacher
 from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.step import as_called, forward_step, train_step
 from scarceseg.methods import METHODS, Term, build_terms
@@ -22,24 +24,32 @@ NAMES = METHODS.names()
 PATCH = (32, 32, 16)
 
 
-def fields_of(name: str, classes: int, rows: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+def fields_of(
+    name: str, classes: int, rows: int, g: torch.Generator, patch: tuple[int, int, int] = PATCH
+) -> dict[str, torch.Tensor]:
     """Random maps of the kinds a term reads, as its stages would leave them."""
     maps = {}
     for key, kind in build_terms(name, {}, classes)[name].field_kinds.items():
         if kind == "label":
-            maps[key] = torch.randint(0, classes, (rows, *PATCH), generator=g).to(torch.uint8)
+            maps[key] = torch.randint(0, classes, (rows, *patch), generator=g).to(torch.uint8)
         elif kind == "probability":
-            maps[key] = torch.randn(rows, classes, *PATCH, generator=g).softmax(1).half()
+            maps[key] = torch.randn(rows, classes, *patch, generator=g).softmax(1).half()
         else:
-            maps[key] = torch.rand(rows, *PATCH, generator=g)
+            maps[key] = torch.rand(rows, *patch, generator=g)
     return maps
 
 
 def batch(
-    name: str, classes: int = 2, rows_l: int = 2, rows_u: int = 2, channels: int = 1, seed: int = 0
+    name: str,
+    classes: int = 2,
+    rows_l: int = 2,
+    rows_u: int = 2,
+    channels: int = 1,
+    seed: int = 0,
+    patch: tuple[int, int, int] = PATCH,
 ) -> tuple[Labelled, Unlabelled]:
     g = torch.Generator().manual_seed(seed)
-    shape = (channels, *PATCH)
+    shape = (channels, *patch)
     labelled = Labelled(
         torch.randn(rows_l, *shape, generator=g),
         torch.randint(0, classes, (rows_l, *shape[1:]), generator=g),
@@ -47,15 +57,21 @@ def batch(
     )
     image = torch.randn(rows_u, *shape, generator=g)
     names = tuple(f"u{i}" for i in range(rows_u))
-    return labelled, Unlabelled(image, names, fields_of(name, classes, rows_u, g))
+    return labelled, Unlabelled(image, names, fields_of(name, classes, rows_u, g, patch))
 
 
-def setup(name: str, classes: int = 2, channels: int = 1) -> tuple[nn.Module, dict[str, Term]]:
+NETWORKS: dict[str, dict[str, Any]] = {"vnet": {"n_filters": 2}, "unet3d": {"feature_scale": 32}}
+
+
+def setup(
+    name: str, classes: int = 2, channels: int = 1, network: str = "vnet", **arguments: Any
+) -> tuple[nn.Module, dict[str, Term]]:
     torch.manual_seed(1)
-    student = build_network("vnet", channels, classes, {"n_filters": 2})
+    student = build_network(network, channels, classes, NETWORKS[network] | arguments)
+    last = [module for module in student.modules() if isinstance(module, nn.Conv3d)][-1]
     with torch.no_grad():
         # A fresh network is unsure everywhere; terms that listen to confident voxels need some.
-        student.out_conv.weight.mul_(40)
+        last.weight.mul_(40)
     terms = build_terms(name, {}, classes)
     for term in terms.values():
         if isinstance(term, SemiSam):
@@ -95,6 +111,15 @@ def test_finite_scalar_for_any_split(name: str, classes: int, rows_l: int, rows_
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("network", "patch"), [("vnet", (16, 48, 32)), ("vnet", (48, 32, 16)), ("unet3d", (32, 16, 48))]
+)
+def test_any_shape_of_patch_and_both_networks(name: str, network: str, patch: tuple[int, int, int]) -> None:
+    student, terms = setup(name, network=network)
+    assert torch.isfinite(total(terms[name].loss(step_of(student, terms, batch(name, patch=patch)))))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_the_student(name: str) -> None:
     student, terms = setup(name)
     data = batch(name)
@@ -109,16 +134,46 @@ def test_gradient_reaches_the_student(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "unlabelled" in METHODS.get(n).reads])
 def test_gradient_on_unlabelled_voxels(name: str) -> None:
-    student, terms = setup(name)
+    # The way from the loss to the unlabelled image leads through the student or a head of the term's own.
+    assert unlabelled_gradient(name) > 0
+
+
+def unlabelled_gradient(name: str, of: str | None = None) -> float:
+    """Of a term's unlabelled part on the unlabelled image.
+
+    The student has no batch norm: through common statistics a loss of labelled rows alone would have a gradient there too.
+    """
+    student, terms = setup(name, normalization="none")
     data = batch(name)
-    optimizer = build_optimizer(OptimConfig(lr=0.1), student, terms)
+    optimizer = build_optimizer(OptimConfig(lr=1e-3), student, terms)
     train_step(as_called(student, terms), student, terms, optimizer, data, 3, 100, generator())
     labelled, unlabelled = data
     image = unlabelled.image.requires_grad_()
     step = step_of(student, terms, (labelled, replace(unlabelled, image=image)))
-    total(terms[name].loss(step)).backward()
-    # The way from the loss to the unlabelled image leads through the student or a head of the term's own.
-    assert image.grad is not None and float(image.grad.abs().sum()) > 0
+    ramped(terms[of or name].loss(step)).backward()
+    return 0.0 if image.grad is None else float(image.grad.abs().sum())
+
+
+def test_a_term_that_reads_labelled_rows_alone_would_be_seen() -> None:
+    assert unlabelled_gradient("mean-teacher", of="supervised") == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_teachers_follow_the_student_and_are_not_trained(name: str) -> None:
+    student, terms = setup(name)
+    teachers = [module for module in terms[name].modules() if isinstance(module, EmaTeacher)]
+    if not teachers:
+        pytest.skip("has no weight average")
+    trained = {id(p) for p in terms[name].trainable_parameters()}
+    before = [[p.clone() for p in teacher.parameters()] for teacher in teachers]
+    optimizer = build_optimizer(OptimConfig(lr=0.1), student, terms)
+    train_step(as_called(student, terms), student, terms, optimizer, batch(name), 3, 100, generator())
+    for teacher, old in zip(teachers, before, strict=True):
+        mine = list(teacher.parameters())
+        assert not any(p.requires_grad or p.grad is not None or id(p) in trained for p in mine)
+        for was, now, target in zip(old, mine, student.parameters(), strict=True):
+            torch.testing.assert_close(now, 0.75 * was + 0.25 * target)  # a = 1 - 1/(t+1) at t = 3
+    assert any(not torch.equal(a, b) for a, b in zip(before[0], teachers[0].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

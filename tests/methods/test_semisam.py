@@ -16,6 +16,7 @@ from scarceseg.methods.semisam import SemiSam
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.foundation.small import noise, small_sam
 from tests.foundation.stub import Stub
+from tests.reference.semisam import semisam
 
 SIZE = (12, 10, 8)
 PAPER = {"gate": False, "prompts": ["point"], "clicks": 1}
@@ -73,6 +74,38 @@ def test_without_a_gate_it_is_the_papers_mean_over_all_classes() -> None:
     both = torch.stack([1 - target, target])
     expected = (logits.softmax(1) - both).square().mean()
     torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
+
+
+class Tables(Stub):
+    """Another fixed answer for every row and class, which it knows by the patch's mean and by where the click lies."""
+
+    def __init__(self, image: torch.Tensor, classes: int, quality: float) -> None:
+        super().__init__(quality=quality)
+        self.means = image.flatten(1).mean(1)
+        draw = torch.Generator().manual_seed(3)
+        self.answers = 0.02 + 0.96 * torch.rand(len(image), classes - 1, *SIZE, generator=draw)
+
+    def segment(self, embedding: Embedding, prompts: Any, previous: Masks | None = None) -> Masks:
+        masks = []
+        for mean, prompt in zip(embedding.features["mean"], prompts, strict=True):
+            (row,) = (self.means == mean).nonzero().flatten().tolist()
+            place = tuple(prompt.points_voxel[0].long().tolist())
+            (value,) = (value for value in CENTRES if ball(CENTRES[value])[place])
+            masks.append(self.answers[row, value - 1])
+        return Masks(torch.logit(torch.stack(masks)), torch.full((len(masks),), self.quality))
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_every_answer_reaches_its_own_row_and_class(gate: bool) -> None:
+    logits = logits_of({2: 4.0}, {1: 3.0, 2: 4.0}, {}, {1: 2.0}, classes=4)
+    step = step_of(logits)
+    assert step.unlabelled is not None
+    model = Tables(step.unlabelled.image, 4, quality=0.2)
+    term = term_of(model, classes=4, prompts=["point"], clicks=1, gate=gate, agreement=(0.0, 0.9))
+    answers = {key: model.answers[key].numpy() for key in ((0, 1), (1, 0), (1, 1), (3, 0))}
+    limits = {"low": 0.0, "high": 0.9, "sure": 0.3, "doubt": term.options.doubt} if gate else None
+    expected = semisam(logits.detach().numpy(), answers, 0.2, limits)
+    assert float(term.loss(step).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("gate", [True, False])
