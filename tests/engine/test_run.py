@@ -22,8 +22,9 @@ from scarceseg.config import Config
 from scarceseg.data.show import plan_dataset
 from scarceseg.engine import run as run_module
 from scarceseg.engine.logging import RunLog
-from scarceseg.engine.run import train
+from scarceseg.engine.run import _useless, train
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
+from scarceseg.methods import build_terms
 from tests.tiny import tiny_config, tiny_dataset
 
 
@@ -352,6 +353,35 @@ def test_settings_that_change_nothing_are_told(data: Path, tmp_path: Path) -> No
     ).warnings
     assert not any("changes nothing" in warning for warning in quiet)
     assert "loss/mean-teacher" not in lines(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "terms", "said"),
+    [
+        ("semisam", {"gate": False, "doubt": 0.3, "agreement": [0.2, 0.5]}, ["doubt"]),  # the other has its default
+        ("semisam", {"prompts": ["mask"], "clicks": 9}, ["clicks"]),
+        ("semisam", {"ramp": "constant", "ramp_epochs": 7}, ["ramp_epochs"]),
+        ("semisam", {"doubt": 0.3, "clicks": 2}, []),
+        ("acmt", {"passes": 4, "prune": "both", "combine": "all"}, ["passes", "combine"]),
+        ("acmt", {"criteria": ["uncertainty", "prototype"], "passes": 4, "combine": "all", "ramp_epochs": 7}, []),
+        ("copy", {"targets": "soft", "largest_component": True}, ["largest_component"]),
+    ],
+)
+def test_options_that_do_nothing_beside_the_others_are_told(
+    data: Path, method: str, terms: dict[str, Any], said: list[str]
+) -> None:
+    config = tiny_config(
+        data, method=method, terms={method: terms}, optim={"schedule": "poly", "step": 9, "power": 0.5}
+    )
+    told = _useless(config, build_terms(method, config.terms, 2))
+    assert [words.split()[0] for words in told] == [*(f"terms.{method}.{option}" for option in said), "optim.step"]
+
+
+def test_a_model_that_no_term_takes_is_told(data: Path) -> None:
+    for own, words in (("tiny-sam3d", ["foundation 'tiny-sam' changes nothing"]), ("tiny-sam", [])):
+        config = tiny_config(data, method="sfr", foundation="tiny-sam", terms={"sfr": {"foundation": own}})
+        told = _useless(config, build_terms("sfr", config.terms, 2))
+        assert len(told) == len(words) and all(part in line for part, line in zip(words, told, strict=True))
 
 
 def test_best_checkpoint_needs_validation_cases(data: Path, tmp_path: Path) -> None:

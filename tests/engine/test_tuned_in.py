@@ -83,6 +83,19 @@ def test_a_model_tuned_otherwise_is_refused(
     assert not (tmp_path / "second" / "model.safetensors").exists()
 
 
+def test_patches_of_the_tuning_may_have_an_augmentation_of_their_own(data: Path, tmp_path: Path) -> None:
+    tuned = {}
+    for words in (None, "deform", "none"):  # twice the student's, and another
+        options = TUNING | {"foundation": "tiny-sam3d", "view": "patch", "patch_augment": words}
+        config = tiny_config(data, method="sfr", terms={"sfr": options}, iterations=1)
+        train(config, tmp_path / str(words))
+        tuned[words] = (tmp_path / str(words) / "stages" / "sfr-tune" / "tuned-axis2.safetensors").read_bytes()
+    assert tuned[None] == tuned["deform"] != tuned["none"]
+    other = {"sfr": options | {"tuned_in": str(tmp_path / "None")}}
+    with pytest.raises(ConfigError, match="tuned with augment of the patches"):
+        train(config.model_copy(update={"terms": other}), tmp_path / "other")
+
+
 def test_a_model_that_learnt_from_guesses_is_refused_for_another_pool(data: Path, tmp_path: Path) -> None:
     tuning = TUNING | {"learn_from": "copy"}
     config = tiny_config(data, method="copy+sfr", terms={"sfr": tuning}, iterations=1)

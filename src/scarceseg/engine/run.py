@@ -123,8 +123,20 @@ def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
         found.append(
             f"foundation {config.foundation!r} changes nothing: no term of {config.method!r} uses a foundation model"
         )
+    elif config.foundation is not None and config.foundation not in {
+        name for names in foundation_models(config).values() for name in names
+    }:
+        found.append(f"foundation {config.foundation!r} changes nothing: every term that uses a model names its own")
     if config.batch_norm == "split" and not _needs_unlabelled(terms):
         found.append(f"batch_norm 'split' changes nothing: no term of {config.method!r} reads unlabelled rows")
+    for name, term in terms.items():
+        for option, why in term.options.idle().items():
+            if getattr(term.options, option) != type(term.options).model_fields[option].get_default():
+                found.append(f"terms.{name}.{option} changes nothing {why}")
+    optim = config.optim
+    for option, schedule in (("step", "step"), ("gamma", "step"), ("power", "poly")):
+        if optim.schedule != schedule and getattr(optim, option) != type(optim).model_fields[option].get_default():
+            found.append(f"optim.{option} changes nothing with optim.schedule: {optim.schedule}")
     if config.select == "last" and config.validate_every and not config.val:
         found.append("validate_every changes nothing: there are no validation cases, name them with --val")
     return found

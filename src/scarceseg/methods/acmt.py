@@ -40,6 +40,14 @@ class AcMtOptions(UaMtOptions):
     uncertainty_threshold: tuple[Share, Share] = (0.75, 0.90)
     prune: Pruning = "both"
 
+    def idle(self) -> dict[str, str]:
+        """Those of criteria that are not asked."""
+        of = {"entropy": ["entropy_threshold"], "uncertainty": ["uncertainty_threshold", "passes", "passes_per_forward"],
+              "label-noise": ["prune"]}  # fmt: skip
+        unused = [option for kind, options in of.items() if kind not in self.criteria for option in options]
+        unused += ["combine"] if len(self.criteria) == 1 else []
+        return super().idle() | dict.fromkeys(unused, f"with criteria: [{', '.join(self.criteria)}]")
+
 
 @METHODS.register("acmt")
 class AcMt(UaMt):

@@ -36,6 +36,10 @@ class TermOptions(Section):
     ramp: RampName = "constant"
     ramp_epochs: int = Field(40, ge=1)
 
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing beside the others, each with the words why; those that were set are warned of."""
+        return {} if self.ramp.startswith("laine") else {"ramp_epochs": f"with ramp: {self.ramp}"}
+
 
 class Parts(NamedTuple):
     """The loss of a term that also trains heads or networks of its own.

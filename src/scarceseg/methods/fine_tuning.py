@@ -22,7 +22,7 @@ from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.foundation.base import Strategy, Tunable, TunedModel, Tuning, freeze
 from scarceseg.methods.base import build_terms
 from scarceseg.methods.pseudo_labels import PseudoLabelOptions
-from scarceseg.types import ImageBatch, Logits
+from scarceseg.types import Augment, ImageBatch, Logits
 
 if TYPE_CHECKING:
     from scarceseg.data.prepare import PreparedCase
@@ -46,11 +46,14 @@ class TuningOptions(PseudoLabelOptions):
         tune_lr, tune_weight_decay, tune_power: AdamW with a poly schedule. The published values; a rate of None is the model's
             usual one, which for SAM is the published one.
         tune_warmup, tune_clip: of the learning rate, iterations, and the gradient's norm. (ours)
-        tune_rows: volumes or patches in a batch; 2 as published.
+        tune_rows: volumes or patches in a batch; 2 as published. Where guessed labels are learnt too (`learn_from`, sure volumes
+            of ``sfr+``) they have half of the rows, rounded down, and one at least.
         axes: volume axes along which slices are cut; one network is tuned for each, and their probabilities are averaged.
             SFR has (2,).
         augment: intensity curves per slice on patches for models of slices, bends and contrast on whole volumes; 0 is off, 1
-            as described there. Patches are augmented as the student's are, whatever stands here.
+            as described there.
+        patch_augment: what is done to patches beside that, one of the run's words for `augment`; None is what the student's
+            have, the paper turns and flips ("reflections").
         learn_from: another term of the sum, such as atlas: its guesses for the unlabelled volumes are learnt too, in every
             batch as many rows of them as reference ones. (ours)
         tuned_in: folder of another run whose tuned model is taken, instead of tuning it again: of a run that differs in its other
@@ -72,6 +75,7 @@ class TuningOptions(PseudoLabelOptions):
     tune_rows: int = Field(2, ge=1)
     axes: tuple[Literal[0, 1, 2], ...] = Field((2,), min_length=1)
     augment: float = Field(1.0, ge=0)
+    patch_augment: Augment | None = None
     learn_from: str | None = None
     tuned_in: str | None = None
     labels: Literal["volume", "crop"] = "volume"
@@ -248,16 +252,18 @@ class TunedTeacher:
         seed, rows = self.work.seed(stage), self.options.tune_rows
         reference = [Source(case.name, case.image, case.label) for case in self.work.labelled]
         sources = [reference, list(guessed)] if guessed else [reference]
+        shares = [rows] if not guessed else [max(rows - rows // 2, 1), max(rows // 2, 1)]
         parts = [
-            self._part(source, max(rows // len(sources), 1), seed + number, axis)
-            for number, source in enumerate(sources)
+            self._part(source, share, seed + number, axis)
+            for number, (source, share) in enumerate(zip(sources, shares, strict=True))
         ]
         return SideBySide(parts) if len(parts) > 1 else parts[0]
 
     def _part(self, sources: list[Source], rows: int, seed: int, axis: int) -> Sampler:
         if self.whole:
             return WholeVolumes(sources, self.common_size(), rows, seed, self.options.augment)
-        patches = PatchSampler(sources, [], self.work.plan.patch, rows, 0, seed, augment=self.work.config.augment)
+        augment = self.options.patch_augment or self.work.config.augment
+        patches = PatchSampler(sources, [], self.work.plan.patch, rows, 0, seed, augment=augment)
         return CurvedSlices(patches, seed, axis) if self.options.augment and self.model.slices else patches
 
     def probability(self, case: PreparedCase) -> NDArray[np.float32]:

@@ -141,6 +141,10 @@ class PseudoLabelOptions(TermOptions):
     trust: Literal["all", "weight"] = "all"
     largest_component: bool = False
 
+    def idle(self) -> dict[str, str]:
+        """The cleaning of hard labels, where soft ones are learnt."""
+        return super().idle() | ({"largest_component": "with targets: soft"} if self.targets == "soft" else {})
+
 
 class PseudoLabelTerm(Term):
     """``0.5 (CE + Dice)`` of the student on unlabelled rows against labels guessed offline, weight 1 (SFR's re-training loss)."""

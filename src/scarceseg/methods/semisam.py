@@ -62,6 +62,15 @@ class SemiSamOptions(TermOptions):
     every: int = Field(1, ge=1)
     remember: int = Field(0, ge=0)
 
+    def idle(self) -> dict[str, str]:
+        """Those of the gate without it, those of clicks without clicks."""
+        found = super().idle()
+        if not self.gate:
+            found |= dict.fromkeys(("agreement", "quality", "doubt"), "with gate: false")
+        if not {"point", "uncertainty"} & set(self.prompts):
+            found |= dict.fromkeys(("clicks", "outside"), f"with prompts: [{', '.join(self.prompts)}]")
+        return found
+
 
 @dataclass(frozen=True)
 class Opinion:

@@ -46,7 +46,10 @@ class Sfr(PseudoLabelTerm):
     where none is named, `tiny-sam` does it with a single labelled volume and `tiny-sam3d` with more.
 
     Differs from the authors' code: a volume is labelled once, as a whole or in overlapping mosaics with averaged probabilities,
-    and its label is cropped with the image; there, the tuned model runs on every training crop, which ``labels: crop`` does too.
+    and its label is cropped with the image; there, the tuned model runs on every training crop, which ``labels: crop`` does
+    too. Patches are augmented as the student's are (`patch_augment`; the paper turns and flips), the grid of a mosaic is the
+    one that fits its slices (the script's has a fixed side and padding), and the Dice of the tuning has the constant 1e-5
+    (there 1e-10).
     """
 
     Options: ClassVar[type[TermOptions]] = SfrOptions

@@ -60,8 +60,9 @@ class SfrPlus(Sfr):
     ``C = mean_v max_c p(c) >= tau`` joins the fine-tuning set with the student's label; the others get fresh pseudo-labels of
     the tuned model.
 
-    Differs from the paper: C counts easy background, so the confidence over the foreground is reported beside it and can take
-    its place (`measure`); a round in which none or all volumes pass is warned of.
+    Differs from the paper: the sure volumes together have half of the rows of a batch of the tuning, however many they are; C
+    counts easy background, so the confidence over the foreground is reported beside it and can take its place (`measure`); a
+    round in which none or all volumes pass is warned of.
     """
 
     Options: ClassVar[type[TermOptions]] = SfrPlusOptions

@@ -13,6 +13,7 @@ from scarceseg.config import Config
 from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import ConfigError, RunError
 from scarceseg.methods.base import METHODS, build_options, parse_method
+from scarceseg.methods.fine_tuning import PATCH_ITERATIONS
 from scarceseg.methods.models import foundation_models
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def tuning_settings(config: Config, name: str, whole: bool) -> dict[str, Any]:
     found = {key: value for key, value in options.items() if key in SETTINGS or key.startswith("tune_")}
     found["foundation"] = foundation_models(config)[name]
     if not whole:
-        found["augment of the patches"] = config.augment
+        found["augment of the patches"] = options["patch_augment"] or config.augment
         if options["tune_iterations"] is None:
-            found["tune_iterations"] = config.iterations
+            found["tune_iterations"] = min(config.iterations, PATCH_ITERATIONS)
     if (source := options["learn_from"]) is not None:
         found[f"terms.{source}"] = config.terms.get(source, {})
     return found
