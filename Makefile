@@ -1,5 +1,6 @@
 # make install  builds .venv          make demo   synthetic data, a few minutes on a CPU, demo/report.html
 # make test     all tests             make check  lint, format, types        make bench  speed benchmarks
+# make coverage  all tests, and the lines no test runs
 # make PYTHON=python3.12 ...          make demo OUT=demo2                    make test WORKERS=4 ARGS='-k geometry'
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test coverage check bench clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +28,9 @@ demo: install
 # Tests are many small computations: one thread a process. A file stays in one process, for its fixtures.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+coverage: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scarceseg.config import OptimConfig
+from scarceseg.config import OptimConfig, read_recipe
 from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.step import train_step
+from scarceseg.functional.ramps import ema_alpha
 from scarceseg.methods import build_terms
 from scarceseg.methods.mean_teacher import MeanTeacher
 from scarceseg.networks import build_network
@@ -23,7 +24,7 @@ OPTIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "uamt_start3000": ("ua-mt", {"ua-mt": {"samples": "all"}}),
     "sfr_start2499": (
         "mean-teacher+sfr",
-        {"supervised": {"background": True, "smooth": 1e-10}, "mean-teacher": {"samples": "all"}},
+        {**read_recipe("la-1")["terms"], "mean-teacher": {"samples": "all"}},
     ),
     "mt_ssl4mis_start0": ("mean-teacher", {"supervised": {"background": True}, "mean-teacher": {"ramp_epochs": 200}}),
 }
@@ -84,6 +85,7 @@ def test_two_steps(shared: Path, case: str) -> None:
         if "sfr" in terms:
             assert float(report["loss/sfr"]) == pytest.approx(data["loss_pseudo"][k], rel=1e-5)
         assert float(report[f"weight/{base}"]) == pytest.approx(data["consistency_weight"][k], rel=1e-6)
+        assert ema_alpha(t, teacher_term.teacher.decay) == pytest.approx(data["alpha"][k], rel=1e-12)
     for network, name in ((student, "student"), (teacher_term.teacher.network, "teacher")):
         expected = load_file(folder / f"{case}_{name}_after.safetensors")
         for key, value in network.state_dict().items():
