@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -53,9 +54,9 @@ def la_reflections() -> str:
 
 def _beside_published(rows: list[dict[str, Any]]) -> str:
     lines = []
-    for row in sorted(rows, key=_by_labels):
-        published = [p.dice for p in published_rows("LA", row["labels"]) if p.method == row["method"]]
-        lines.append(_row(row) | {"published Dice": " / ".join(f"{p:.1f}" for p in published) or "-"})
+    for seeds in _by_seed(rows):
+        published = [p.dice for p in published_rows("LA", seeds[0]["labels"]) if p.method == seeds[0]["method"]]
+        lines.append(_row(seeds) | {"published Dice": " / ".join(f"{p:.1f}" for p in published) or "-"})
     return markdown_table(lines) if lines else "Not measured yet."
 
 
@@ -105,13 +106,10 @@ def _by_method(rows: list[dict[str, Any]]) -> str:
 
 def _coarse_cell(rows: list[dict[str, Any]]) -> str:
     now = code_hash(training_code(rows[0]["method"]))
-    dice = f"{100 * mean(row['dice'] for row in rows):.1f}"
-    if len(rows) > 1:
-        dice += f" ({', '.join(f'{100 * value:.1f}' for value in sorted(row['dice'] for row in rows))})"
     distances = [row["hd95_mm"] for row in rows if row["hd95_mm"] is not None]
     guesses = [[guess["dice"] for guess in row["pseudo_labels"].values()] for row in rows]
     labels = [f"{100 * mean(stage):.0f}" for stage in zip(*guesses, strict=True)]
-    parts = [dice, _number(mean(distances) if distances else None), *([", ".join(labels)] if labels else [])]
+    parts = [_dice(rows), _number(mean(distances) if distances else None), *([", ".join(labels)] if labels else [])]
     return " / ".join(parts) + ("" if all(row["code"] == now for row in rows) else f" {STALE}")
 
 
@@ -182,7 +180,7 @@ def la_suggest() -> str:
 
 def phantoms_development() -> str:
     """Four structures in two channels: the mean over them."""
-    lines = [_row(row) for row in sorted(load("phantoms_development"), key=_by_labels)]
+    lines = [_row(seeds) for seeds in _by_seed(load("phantoms_development"))]
     return markdown_table(lines) if lines else "Not measured yet."
 
 
@@ -191,21 +189,37 @@ def _by_labels(row: dict[str, Any]) -> tuple[object, ...]:
     return row["labels"], order.get(row["method"], len(order)), row["method"], row.get("name", "")
 
 
-def _row(row: dict[str, Any]) -> dict[str, object]:
-    trained = "train_minutes" in row
-    code = training_code(row["method"]) if trained else direct_code(row["method"])
-    guesses = list(row.get("pseudo_labels", {}).values())
-    minutes = row["train_minutes"] + sum(row.get("stage_minutes", {}).values()) if trained else row["minutes"]
+def _by_seed(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each setting, which differ in the seed alone."""
+    return [list(seeds) for _, seeds in groupby(sorted(rows, key=_by_labels), key=_by_labels)]
+
+
+def _row(seeds: list[dict[str, Any]]) -> dict[str, object]:
+    """Means over seeds, and the Dice of each."""
+    first = seeds[0]
+    trained = "train_minutes" in first
+    now = code_hash(training_code(first["method"]) if trained else direct_code(first["method"]))
+    guesses = [[guess["dice"] for guess in row.get("pseudo_labels", {}).values()] for row in seeds]
+    minutes = [
+        row["train_minutes"] + sum(row.get("stage_minutes", {}).values()) if trained else row["minutes"]
+        for row in seeds
+    ]
+    distances = {key: [row[key] for row in seeds if row[key] is not None] for key in ("hd95_mm", "asd_mm")}
     return {
-        "labels": row["labels"],
-        "method": f"{row['method']} {row.get('name', '')}".strip(),
-        "Dice [%]": f"{100 * row['dice']:.1f}" + ("" if row["code"] == code_hash(code) else f" {STALE}"),
-        "HD95 [mm]": _number(row["hd95_mm"]),
-        "ASD [mm]": _number(row["asd_mm"]),
-        "failed": row["failed"],
-        "pseudo-label Dice": " / ".join(f"{100 * guess['dice']:.1f}" for guess in guesses) or "-",
-        "minutes": f"{minutes:.0f}",
+        "labels": first["labels"],
+        "method": f"{first['method']} {first.get('name', '')}".strip(),
+        "Dice [%]": _dice(seeds) + ("" if all(row["code"] == now for row in seeds) else f" {STALE}"),
+        **{f"{key[:-3].upper()} [mm]": _number(mean(found) if found else None) for key, found in distances.items()},
+        "failed": sum(row["failed"] for row in seeds),
+        "pseudo-label Dice": " / ".join(f"{100 * mean(stage):.1f}" for stage in zip(*guesses, strict=True)) or "-",
+        "minutes": f"{mean(minutes):.0f}",
     }
+
+
+def _dice(seeds: list[dict[str, Any]]) -> str:
+    """Mean Dice; of several seeds each one's in brackets."""
+    values = sorted(100 * row["dice"] for row in seeds)
+    return f"{mean(values):.1f}" + (f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else "")
 
 
 def foundation_step() -> str:
