@@ -218,11 +218,11 @@ def test_unpacking(tmp_path: Path) -> None:
 
 def test_damage_within_and_a_python_without_safe_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tar(tmp_path / "a.tar", {"x": " ".join(map(str, range(100_000))).encode()})
-    content = bytearray(path.read_bytes())
-    content[5000:5050] = bytes(50)
-    path.write_bytes(content)
-    with pytest.raises(DataError, match="cannot unpack"):
-        extract_tar(path, tmp_path / "out")
+    whole = path.read_bytes()
+    for changed in (bytes(50), b"\xff" * 50, bytes([whole[5000] ^ 1])):  # some still decode, into something else
+        path.write_bytes(whole[:5000] + changed + whole[5000 + len(changed) :])
+        with pytest.raises(DataError, match="cannot unpack"):
+            extract_tar(path, tmp_path / "out")
     monkeypatch.delattr("tarfile.data_filter")
     with pytest.raises(RunError, match=r"3\.10\.12"):
         extract_tar(path, tmp_path / "out")

@@ -447,8 +447,13 @@ def test_voxels_beside_their_header_are_watched_too(tmp_path: Path, suffix: str)
 def test_rows_of_files_and_headers_that_hold_their_voxels(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"s{number:02d}.raw").touch()
-    texts = {"a.mhd": "ElementDataFile = s%02d.raw 1 2 1", "b.mhd": "ElementDataFile = LIST\ns01.raw\ns02.raw\n",
-             "c.nhdr": "NRRD0004\ndata file: s01.raw\n", "d.mha": "ElementDataFile = LOCAL"}  # fmt: skip
+    texts = {
+        "a.mhd": "ElementDataFile = s%02d.raw 1 2 1",
+        "b.mhd": "ElementDataFile = LIST\ns01.raw\ns02.raw\n",
+        "c.nhdr": "NRRD0004\ndata file: s01.raw\n",
+        "d.mha": "ElementDataFile = LOCAL",
+        "e.mhd": f"ElementDataFile = {tmp_path}/s%02d.raw 1 2 1",
+    }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     found = {name: [path.name for path in detached(tmp_path / name)] for name in texts}
@@ -457,6 +462,7 @@ def test_rows_of_files_and_headers_that_hold_their_voxels(tmp_path: Path) -> Non
         "b.mhd": ["s01.raw", "s02.raw"],
         "c.nhdr": ["s01.raw"],
         "d.mha": [],
+        "e.mhd": ["s01.raw", "s02.raw"],
     }
 
 

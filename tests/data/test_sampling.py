@@ -7,11 +7,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import ThreadpoolController
 
 from scarceseg.data.augment import deform
 from scarceseg.data.crop import crop_padded, padded_size
-from scarceseg.data.sampling import PatchSampler, Source, turn
+from scarceseg.data.sampling import PatchSampler, Source, numpys_blas, turn
 
 
 def source(name: str, size: tuple[int, int, int], seed: int, labelled: bool = True) -> Source:
@@ -70,7 +69,7 @@ def test_any_iteration_can_be_made_again() -> None:
 
 
 def test_blas_has_one_thread_while_batches_are_made() -> None:
-    blas = ThreadpoolController().select(internal_api="openblas")
+    blas = numpys_blas()
     if not blas.lib_controllers:
         pytest.skip("NumPy has no OpenBLAS here")
 

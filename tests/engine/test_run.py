@@ -25,6 +25,7 @@ from scarceseg.engine.logging import RunLog
 from scarceseg.engine.run import _useless, train
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
 from scarceseg.methods import build_terms
+from scarceseg.methods.models import settle_foundations
 from tests.tiny import tiny_config, tiny_dataset
 
 
@@ -378,9 +379,10 @@ def test_options_that_do_nothing_beside_the_others_are_told(
 
 
 def test_a_model_that_no_term_takes_is_told(data: Path) -> None:
-    for own, words in (("tiny-sam3d", ["foundation 'tiny-sam' changes nothing"]), ("tiny-sam", [])):
-        config = tiny_config(data, method="sfr", foundation="tiny-sam", terms={"sfr": {"foundation": own}})
-        told = _useless(config, build_terms("sfr", config.terms, 2))
+    named = [("sam-vit-b", "tiny-sam3d", ["foundation 'sam-vit-b' changes nothing"]), ("tiny-sam", "tiny-sam", [])]
+    for model, own, words in [*named, (None, "sam-vit-b", [])]:
+        config = tiny_config(data, method="sfr", foundation=model, terms={"sfr": {"foundation": own}})
+        told = _useless(settle_foundations(config, 2), build_terms("sfr", config.terms, 2))
         assert len(told) == len(words) and all(part in line for part, line in zip(words, told, strict=True))
 
 

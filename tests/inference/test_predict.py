@@ -300,4 +300,6 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:3")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # each process may be shown its own alone
+    assert pick_device("auto") == torch.device("cuda:0")
     assert pick_device("cpu") == torch.device("cpu")

@@ -32,7 +32,9 @@ def count_workers(workers: int | None) -> int:
 
 
 def at_once(largest: float, memory: int | None = None) -> int | None:
-    """How many jobs of `largest` bytes fit into the memory that is free, one at least; None where the system does not tell.
+    """How many jobs of `largest` bytes fit into the free memory, one at least; None where the system does not tell.
+
+    It is shared with the other processes that ``torchrun`` started here. Limits of a container are not seen.
 
     Args:
         largest: bytes of a job.
@@ -47,7 +49,7 @@ def at_once(largest: float, memory: int | None = None) -> int | None:
         if found is None:
             return None
         memory = 1024 * int(found[1])
-    return max(int(memory // largest), 1)
+    return max(int(memory // largest // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), 1)
 
 
 class Spread:

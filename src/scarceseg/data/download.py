@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
-import lzma
 import os
 import platform
 import tarfile
@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from scarceseg.errors import DataError, RunError
+
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python that was built without it cannot read such archives either
+    LZMAError = zlib.error  # type: ignore[misc, assignment]
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that are there and the bytes there will be (None when the server does not say)."""
@@ -107,7 +112,9 @@ def extract_tar(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as file:
             file.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+            while file.fileobj is not None and file.fileobj.read(BLOCK):  # the checksum comes at the end
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, LZMAError) as error:
         raise DataError(f"cannot unpack {archive}: {error}; fetch it again") from None
     except OSError as error:
         raise RunError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import math
 import re
@@ -45,7 +46,9 @@ def detached(path: Path) -> list[Path]:
             word = named[1].split()[0] if named[1].split() else ""
             names = lines[number + 1 :] if word == "LIST" else [named[1]]
             # "slice%03d.raw 1 80 1" stands for a row of files
-            found = sorted(path.parent.glob(re.sub(r"%\d*d", "*", word))) if "%" in word else []
+            row = path.parent / word
+            parts = [glob.escape(part) for part in re.split(r"%\d*d", row.name)]
+            found = sorted(row.parent.glob("*".join(parts))) if len(parts) > 1 else []
             return found + [one for name in names if name.strip() and (one := path.parent / name.strip()).is_file()]
     return []
 

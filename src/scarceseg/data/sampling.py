@@ -6,6 +6,7 @@ number of processes, and from any iteration on, and are always the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -50,14 +51,19 @@ def turn(array: Array, quarter_turns: int, flip_axis: int | None) -> Array:
 Batch = tuple[Labelled, Unlabelled | None]
 
 
+def numpys_blas() -> ThreadpoolController:
+    """The OpenBLAS that NumPy and SciPy bring; one that PyTorch computes with is left alone."""
+    every = ThreadpoolController().select(internal_api="openblas")
+    return every.select(filepath=[path for one in every.info() if re.search("numpy|scipy", path := one["filepath"])])
+
+
 def made_ahead(make: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
     """``make(start) .. make(stop - 1)``, made `ahead` of their use in one background thread.
 
     Until the last one NumPy's OpenBLAS has one thread: its others keep a core busy for a while after every product, which
     with these small products is most of the time, and the training waits for that core.
     """
-    one_thread = ThreadpoolController().select(internal_api="openblas").limit(limits=1)
-    with one_thread, ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
+    with numpys_blas().limit(limits=1), ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
         waiting: list[Future[Batch]] = []
         try:
             for iteration in range(start, stop):

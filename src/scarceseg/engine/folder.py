@@ -71,8 +71,8 @@ def check_same(old: Config, new: Config, folder: Path) -> None:
     ]
     if changed:
         raise RunError(
-            f"{folder} was started with other settings ({'; '.join(changed)}): resume with the old ones, "
-            "or start a new run in another --out"
+            f"{folder} was started with other settings ({'; '.join(changed)}): resume with the old ones "
+            "(without --recipe and --set they are kept), or start a new run in another --out"
         )
 
 

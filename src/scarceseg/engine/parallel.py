@@ -45,11 +45,20 @@ def local_rank() -> int:
 
 
 def gathered(value: Result) -> list[Result]:
-    """The values of all processes, in their order; each waits for the last one."""
+    """The values of all processes, in their order; each waits for the last one.
+
+    Raises:
+        RunError: one of them is gone.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * processes()
-    dist.all_gather_object(values, value)
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise RunError("another process has ended early; start again, what was written is kept") from None
     return values
 
 
@@ -68,8 +77,12 @@ def check_rows(rows: int) -> None:
         )
 
 
-def meet(cuda: bool) -> None:
+def meet(cuda: bool, patience: timedelta = timedelta(hours=2)) -> None:
     """Let the processes find each other; does nothing when there is only one or they have met.
+
+    Args:
+        cuda: work on GPUs.
+        patience: how long one waits for the others.
 
     Raises:
         RunError: not all of them came.
@@ -79,7 +92,7 @@ def meet(cuda: bool) -> None:
     try:
         if cuda:
             torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
     except (RuntimeError, ValueError) as error:
         raise RunError(

@@ -123,14 +123,17 @@ def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
         found.append(
             f"foundation {config.foundation!r} changes nothing: no term of {config.method!r} uses a foundation model"
         )
-    elif config.foundation is not None and config.foundation not in {
-        name for names in foundation_models(config).values() for name in names
-    }:
+    elif config.foundation is not None and config.foundation not in _taken(config, terms):
         found.append(f"foundation {config.foundation!r} changes nothing: every term that uses a model names its own")
     if config.batch_norm == "split" and not _needs_unlabelled(terms):
         found.append(f"batch_norm 'split' changes nothing: no term of {config.method!r} reads unlabelled rows")
     for name, term in terms.items():
         for option, why in term.options.idle().items():
+            learnt = option == "largest_component" and name in {
+                getattr(t.options, "learn_from", None) for t in terms.values()
+            }
+            if learnt:  # from the hard labels, which it cleans
+                continue
             if getattr(term.options, option) != type(term.options).model_fields[option].get_default():
                 found.append(f"terms.{name}.{option} changes nothing {why}")
     optim = config.optim
@@ -140,6 +143,12 @@ def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
     if config.select == "last" and config.validate_every and not config.val:
         found.append("validate_every changes nothing: there are no validation cases, name them with --val")
     return found
+
+
+def _taken(config: Config, terms: dict[str, Term]) -> set[str]:
+    """Models the terms work with, and those that a config has filled in when none is named."""
+    usual = {term.usual_foundation({}, labels) or "" for term in terms.values() for labels in (1, 2)}
+    return usual | {name for names in foundation_models(config).values() for name in names}
 
 
 def _plan(
@@ -275,7 +284,11 @@ def _train_stage(
     }
     save_model(folder, student, config.network, plan, summary)
     with timed_stage(folder, "validate"):
-        finish(folder, split, config.device, stop)
+        if broken := finish(folder, split, config.device, stop):
+            warnings.append(
+                f"the network's output is not a number everywhere for {', '.join(broken)}: look at their intensities beside "
+                "those of the other volumes, or train with --precision fp32"
+            )
         keep_pool(work, terms)
 
 

@@ -106,10 +106,13 @@ Seen = tuple[np.ndarray, Prediction, Geometry]
 """First channel of a case, what the network says of it, and the grid of both."""
 
 
-def finish(folder: Path, split: Split, device: str, stop: Callable[[], bool] | None = None) -> None:
+def finish(folder: Path, split: Split, device: str, stop: Callable[[], bool] | None = None) -> list[str]:
     """Predict the validation cases as `predict` would, evaluate them, and keep pictures of a few cases.
 
     Without validation cases, three unlabelled ones are predicted for the pictures.
+
+    Returns:
+        Cases for which the network's output is not a number everywhere.
 
     Raises:
         Interrupted: `stop` said so.
@@ -122,6 +125,7 @@ def finish(folder: Path, split: Split, device: str, stop: Callable[[], bool] | N
     target.mkdir(exist_ok=True)
     cases = {case.name: (case.images, reference) for case, reference in shown}
     kept: dict[str, Seen] = {}
+    broken: list[str] = []
 
     def see(name: str) -> Seen:
         volume, geometry = read_volume(cases[name][0])
@@ -132,6 +136,8 @@ def finish(folder: Path, split: Split, device: str, stop: Callable[[], bool] | N
             if stop is not None and stop():
                 raise Interrupted("stopped while validating; --resume goes on from there")
             image, prediction, geometry = see(name)
+            if not prediction.is_number:
+                broken.append(name)
             if split.val:
                 write_image(prediction.label, geometry, target / f"{name}.nii.gz")
             if len(cases) <= SHOWN:  # more would fill the memory; those that are shown are predicted again
@@ -143,6 +149,7 @@ def finish(folder: Path, split: Split, device: str, stop: Callable[[], bool] | N
         image, prediction, geometry = kept[name] if name in kept else see(name)
         path = folder / "figures" / f"{rank}_{name}.npz"
         _figure(path, name, rank, image, prediction, geometry, cases[name][1])
+    return broken
 
 
 def names_with_rank(names: list[str]) -> list[tuple[str, str]]:

@@ -36,6 +36,11 @@ class Prediction:
     prepared: Geometry
     geometry: Geometry
 
+    @property
+    def is_number(self) -> bool:
+        """Whether the probability is one everywhere; a network that overflows gives NaN."""
+        return bool(np.isfinite(self.prepared_probability.sum(dtype=np.float64)))
+
     @cached_property
     def label(self) -> LabelMap:
         """Most probable class of each voxel ``[X, Y, Z]``, uint8."""

@@ -6,9 +6,9 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -95,7 +95,6 @@ class Predictor:
 
         Raises:
             RunError: the device has too little memory, or the network takes no whole volumes.
-            DataError: the network's output is not a number everywhere.
         """
         window = self.window(volume)
         try:
@@ -121,14 +120,7 @@ class Predictor:
                 f"the network {self.info.network.name} cannot take {'x'.join(map(str, window))} voxels in one piece "
                 f"({str(error).splitlines()[0]}): predict without 'whole'"
             ) from None
-        found = probability.cpu().numpy()
-        if not np.isfinite(found.sum(dtype=np.float64)):  # NaN in any voxel; probabilities are bounded
-            raise DataError(
-                "the network's output for this volume is not a number everywhere: expected probabilities; look at its "
-                "intensities beside those of the training volumes"
-                + (", or predict with --device cpu" if self.device.type != "cpu" else "")
-            )
-        return Prediction(found, volume.geometry, volume.original)
+        return Prediction(probability.cpu().numpy(), volume.geometry, volume.original)
 
     def window(self, volume: Prepared) -> tuple[int, ...]:
         """Size of a window: the patch, or the whole volume rounded up to what the network's halvings need."""
@@ -173,7 +165,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and processes() > 1:
-        name = f"cuda:{local_rank()}"
+        name = f"cuda:{local_rank() % max(torch.cuda.device_count(), 1)}"
     device: torch.device | None
     try:
         device = torch.device(name)
@@ -236,7 +228,7 @@ def predict(
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
     jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)[rank() :: processes()]
     open_folder(Path(out))
-    meet(cuda=False)  # before the work: who comes late is told at once
+    meet(cuda=False, patience=timedelta(days=30))  # who has done its share waits for the others, however long that is
     written: list[Path] = []
     failed: dict[str, str] = {}
     with ExitStack() as stack:
@@ -277,6 +269,12 @@ def _run_jobs(
                     prediction = predictor.predict_prepared(
                         ready.result(), _within(on_progress, number, len(jobs), job.name)
                     )
+                    if not prediction.is_number:
+                        raise DataError(
+                            "the network's output for this volume is not a number everywhere: expected probabilities; look "
+                            "at its intensities beside those of the training volumes"
+                            + (", or predict with --device cpu" if predictor.device.type != "cpu" else "")
+                        )
                 except DataError as error:
                     failed[job.name] = str(error)
                 else:

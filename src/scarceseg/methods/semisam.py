@@ -15,9 +15,9 @@ from torch import nn
 from scarceseg.errors import ConfigError
 from scarceseg.foundation.base import Embedding, Promptable, Spacing
 from scarceseg.foundation.dialogue import Answers, Asking, Kind, converse, first_prompts
-from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
+from scarceseg.functional.reliability import mask_gate, merge_masks, rise, soft_dice, voxel_gate
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions
-from scarceseg.types import ImageBatch, Prompt, Step
+from scarceseg.types import IGNORE_LABEL, ImageBatch, Prompt, Step
 
 if TYPE_CHECKING:
     from scarceseg.engine.workspace import Workspace
@@ -34,7 +34,8 @@ class SemiSamOptions(TermOptions):
         view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
         prompts: what is asked, see `scarceseg.foundation.dialogue.Asking`; ``point`` is the paper's.
         clicks, outside, corrections, components, threshold, confident: see `Asking` there.
-        gate: weigh masks and voxels by how far the model may be trusted; False is the paper's method.
+        gate: weigh masks and voxels by how far the model may be trusted; False is the paper's method. With several classes a mask
+            counts for nothing until the student knows the other classes on labelled rows, whose voxels it may cover.
         agreement: soft Dice of student and model below which a mask counts for nothing, and from which on it may count for all.
         quality: the same for the IoU the model estimates.
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
@@ -110,6 +111,10 @@ class SemiSam(Term):
     reads = frozenset({"unlabelled"})
     foundation = "tiny-sam3d"
 
+    def __init__(self, options: TermOptions, classes: int) -> None:
+        super().__init__(options, classes)
+        self.known = KnownClasses(classes - 1) if classes > 2 and self.options.gate else None
+
     def initialise(self, student: nn.Module, work: Workspace) -> None:
         """Take the models, each built once a run, and the size of the voxels."""
         models = []
@@ -174,6 +179,8 @@ class SemiSam(Term):
             self._numbers = {}
             return step.logits_u.sum() * 0
         foreground = step.logits_u.float().softmax(1)[:, 1:]
+        if self.known is not None:
+            self.known.see(step.logits_l.detach().float().softmax(1)[:, 1:], step.labelled.label)
         opinion = self.opinion(step.unlabelled.image, foreground.detach(), step.generator)
         self._note(step, foreground.detach(), opinion)
         return (opinion.weight * (foreground - opinion.probability).square()).mean()
@@ -212,9 +219,12 @@ class SemiSam(Term):
                 agreement.append(float(alike.mean()))
                 quality.append(float(answers.quality.mean()))
         share = total.clamp_min(1e-8)
+        weight = total / len(self._models)
+        if self.known is not None:
+            weight = weight * self.known.others(*self.options.agreement)[:, None, None, None]
         return Opinion(
             target / share,
-            total / len(self._models),
+            weight,
             asked,
             sum(agreement) / len(agreement),
             sum(quality) / len(quality),
@@ -287,6 +297,42 @@ class SemiSam(Term):
         return dialogue_picture(
             self._shown["image"], self._shown["student"], opinion.probability, opinion.weight, opinion.prompts
         )
+
+
+class KnownClasses(nn.Module):
+    """How well the student knows each foreground class on labelled rows: the soft Dice over about the last 20 steps.
+
+    Args:
+        count: of foreground classes.
+    """
+
+    KEPT = 0.95
+    """Share of the sums that is kept from one step to the next."""
+    sums: torch.Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3, count))
+
+    def see(self, foreground: torch.Tensor, label: torch.Tensor) -> None:
+        """Take labelled rows in: the student's probabilities ``[L, K-1, X, Y, Z]`` and the reference ``[L, X, Y, Z]``."""
+        truth = torch.stack([label == value for value in range(1, foreground.shape[1] + 1)], 1).to(foreground)
+        inside = (label != IGNORE_LABEL)[:, None]
+        overlap, found, there = (x.sum((0, 2, 3, 4)) for x in (foreground * truth, foreground * inside, truth))
+        self.sums.mul_(self.KEPT).add_(torch.stack([overlap, found, there]))
+
+    def dice(self) -> torch.Tensor:
+        """``[K-1]`` in [0, 1]; 1 for a class that no labelled row has had yet, which nobody can wait for."""
+        overlap, found, there = self.sums
+        return torch.where(there > 0, 2 * overlap / (found + there).clamp_min(1e-8), 1.0)
+
+    def others(self, low: float, high: float) -> torch.Tensor:
+        """``[K-1]``: 0 while any other class has a Dice up to `low`, 1 when all others have `high` or more. (ours)"""
+        known = rise(self.dice(), low, high)
+        apart = known.repeat(len(known), 1).masked_fill(
+            torch.eye(len(known), dtype=torch.bool, device=known.device), 1.0
+        )
+        return apart.amin(1)
 
 
 class _Memory:
