@@ -12,7 +12,7 @@ from scarceseg.errors import ConfigError
 from scarceseg.foundation.base import Embedding, Masks, Promptable
 from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
 from scarceseg.methods import build_terms
-from scarceseg.methods.semisam import SemiSam
+from scarceseg.methods.semisam import KnownClasses, SemiSam
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.foundation.small import noise, small_sam
 from tests.foundation.stub import Stub
@@ -208,6 +208,44 @@ def test_gate_factors() -> None:
     p, s = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
     expected = [2 * float((a * b).sum()) / float((a + b).sum()) for a, b in zip(p, s, strict=True)]
     torch.testing.assert_close(soft_dice(p, s), torch.tensor(expected))
+
+
+def labelled_step(logits_u: torch.Tensor, found: dict[int, float], there: tuple[int, ...]) -> Step:
+    """A step whose labelled row has the structures `there`, of which the student shows those in `found`."""
+    label = torch.zeros(1, *SIZE, dtype=torch.long)
+    for value in there:
+        label[0][ball(CENTRES[value])] = value
+    step = step_of(logits_u)
+    logits_l = logits_of(found, classes=logits_u.shape[1]).detach()
+    return replace(step, labelled=replace(step.labelled, label=label), logits_l=logits_l)
+
+
+def test_a_mask_waits_until_the_student_knows_the_classes_it_may_cover() -> None:
+    logits = logits_of({1: 4.0}, classes=3)
+    term = term_of(Stub(ball((6, 5, 4), 4).float()), classes=3)
+    assert gradient(term, labelled_step(logits, {1: 6.0}, (1,))).any()  # nobody has seen class 2 yet
+    assert not gradient(term, labelled_step(logits, {1: 6.0}, (1, 2))).any()  # it is there, and not found
+    for _ in range(60):
+        term.loss(labelled_step(logits, {1: 6.0, 2: 6.0}, (1, 2)))
+    assert gradient(term, labelled_step(logits, {1: 6.0, 2: 6.0}, (1, 2))).any()
+    ungated = term_of(Stub(ball((6, 5, 4), 4).float()), classes=3, gate=False)
+    assert gradient(ungated, labelled_step(logits, {1: 6.0}, (1, 2))).any()
+    assert term_of(Stub()).known is None  # a single class has no others
+
+
+def test_known_classes() -> None:
+    known = KnownClasses(3)
+    assert known.others(0.2, 0.5).tolist() == [1, 1, 1]
+    label = torch.tensor([1, 1, 2, 2, 0, 255]).reshape(1, 6, 1, 1)
+    shown = torch.tensor([[1.0, 1, 0, 0, 0, 1], [0, 0, 0.5, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).reshape(1, 3, 6, 1, 1)
+    known.see(shown, label)
+    torch.testing.assert_close(known.dice(), torch.tensor([1.0, 2 * 0.5 / (0.5 + 2), 1.0]))  # 255 does not count
+    torch.testing.assert_close(known.others(0.2, 0.5), torch.tensor([2 / 3, 1.0, 2 / 3]))
+    known.see(torch.zeros_like(shown), label)
+    torch.testing.assert_close(known.dice()[0], torch.tensor(2 * 0.95 * 2 / (0.95 * 4 + 2)))
+    other = KnownClasses(3)
+    other.load_state_dict(known.state_dict())
+    assert torch.equal(other.dice(), known.dice())
 
 
 def test_answers_to_single_clicks_that_differ_count_less() -> None:
