@@ -64,7 +64,7 @@ def test_refusals_are_one_message_and_status_2(
         ([tmp_path, "--out", tmp_path / "x"], "holds no model.json"),
         ([unfinished, "--out", tmp_path / "x"], "has not finished"),
         ([run, "--to", "onxx", "--out", tmp_path / "x"], "did you mean 'onnx'"),
-        ([run, "--to", "onnx", "--out", tmp_path / "x.onnx"], "scarceseg[export]"),
+        ([run, "--to", "onnx", "--out", tmp_path / "x.onnx"], ".[export]"),
         ([run, "--to", "torchscript", "--out", tmp_path / "x"], ".ts"),
     ):
         status, out, err = scarceseg("export", *words, capsys=capsys)

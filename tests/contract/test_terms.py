@@ -158,22 +158,27 @@ def test_a_term_that_reads_labelled_rows_alone_would_be_seen() -> None:
     assert unlabelled_gradient("mean-teacher", of="supervised") == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_teachers_follow_the_student_and_are_not_trained(name: str) -> None:
+def test_teachers_follow_the_student_and_are_not_trained() -> None:
+    found = {name for name in NAMES if teachers_follow(name)}
+    assert {"mean-teacher", "ua-mt", "acmt", "ict", "bcp", "magicnet"} <= found
+
+
+def teachers_follow(name: str) -> bool:
+    """Whether the term has weight averages; they are looked at before and after a step."""
     student, terms = setup(name)
     teachers = [module for module in terms[name].modules() if isinstance(module, EmaTeacher)]
-    if not teachers:
-        pytest.skip("has no weight average")
     trained = {id(p) for p in terms[name].trainable_parameters()}
     before = [[p.clone() for p in teacher.parameters()] for teacher in teachers]
     optimizer = build_optimizer(OptimConfig(lr=0.1), student, terms)
     train_step(as_called(student, terms), student, terms, optimizer, batch(name), 3, 100, generator())
     for teacher, old in zip(teachers, before, strict=True):
         mine = list(teacher.parameters())
-        assert not any(p.requires_grad or p.grad is not None or id(p) in trained for p in mine)
+        assert not any(p.requires_grad or p.grad is not None or id(p) in trained for p in mine), name
         for was, now, target in zip(old, mine, student.parameters(), strict=True):
-            torch.testing.assert_close(now, 0.75 * was + 0.25 * target)  # a = 1 - 1/(t+1) at t = 3
-    assert any(not torch.equal(a, b) for a, b in zip(before[0], teachers[0].parameters(), strict=True))
+            # a = 1 - 1/(t+1) at t = 3
+            torch.testing.assert_close(now, 0.75 * was + 0.25 * target, msg=f"{name}: its teacher does not follow")
+        assert any(not torch.equal(a, b) for a, b in zip(old, mine, strict=True)), name
+    return bool(teachers)
 
 
 @pytest.mark.parametrize("name", NAMES)
