@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from scarceseg.config import Config
+from scarceseg.config import Config, Section
 from scarceseg.data.dataset import Dataset, Split, load_dataset, make_split
 from scarceseg.data.plan import Plan, fingerprint, make_plan
 from scarceseg.data.prepare import PreparedCase, prepare_cases
@@ -127,22 +127,24 @@ def _useless(config: Config, terms: dict[str, Term]) -> list[str]:
         found.append(f"foundation {config.foundation!r} changes nothing: every term that uses a model names its own")
     if config.batch_norm == "split" and not _needs_unlabelled(terms):
         found.append(f"batch_norm 'split' changes nothing: no term of {config.method!r} reads unlabelled rows")
+    learnt_from = {getattr(term.options, "learn_from", None) for term in terms.values()}
     for name, term in terms.items():
         for option, why in term.options.idle().items():
-            learnt = option == "largest_component" and name in {
-                getattr(t.options, "learn_from", None) for t in terms.values()
-            }
-            if learnt:  # from the hard labels, which it cleans
+            if option == "largest_component" and name in learnt_from:  # from its hard labels, which that cleans
                 continue
-            if getattr(term.options, option) != type(term.options).model_fields[option].get_default():
+            if _is_set(term.options, option):
                 found.append(f"terms.{name}.{option} changes nothing {why}")
-    optim = config.optim
     for option, schedule in (("step", "step"), ("gamma", "step"), ("power", "poly")):
-        if optim.schedule != schedule and getattr(optim, option) != type(optim).model_fields[option].get_default():
-            found.append(f"optim.{option} changes nothing with optim.schedule: {optim.schedule}")
+        if config.optim.schedule != schedule and _is_set(config.optim, option):
+            found.append(f"optim.{option} changes nothing with optim.schedule: {config.optim.schedule}")
     if config.select == "last" and config.validate_every and not config.val:
         found.append("validate_every changes nothing: there are no validation cases, name them with --val")
     return found
+
+
+def _is_set(section: Section, key: str) -> bool:
+    """Whether a setting has another value than its default; a saved config has them all."""
+    return bool(getattr(section, key) != type(section).model_fields[key].get_default())
 
 
 def _taken(config: Config, terms: dict[str, Term]) -> set[str]:
