@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 
 from scarceseg.errors import ConfigError
 from scarceseg.foundation.base import Embedding, Masks, Promptable
+from scarceseg.foundation.dialogue import Asking, converse, first_prompts
 from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
 from scarceseg.methods import build_terms
-from scarceseg.methods.semisam import KnownClasses, SemiSam
+from scarceseg.methods.known_classes import KnownClasses
+from scarceseg.methods.semisam import SemiSam
 from scarceseg.types import Labelled, Step, Unlabelled
-from tests.foundation.small import noise, small_sam
+from tests.foundation.small import noise, small_net, small_sam
 from tests.foundation.stub import Stub
 from tests.reference.semisam import semisam
 
@@ -234,18 +237,95 @@ def test_a_mask_waits_until_the_student_knows_the_classes_it_may_cover() -> None
 
 
 def test_known_classes() -> None:
-    known = KnownClasses(3)
-    assert known.others(0.2, 0.5).tolist() == [1, 1, 1]
+    known = KnownClasses(torch.ones(3, 3) - torch.eye(3))
+    assert known.neighbours(0.2, 0.5).tolist() == [1, 1, 1]
     label = torch.tensor([1, 1, 2, 2, 0, 255]).reshape(1, 6, 1, 1)
     shown = torch.tensor([[1.0, 1, 0, 0, 0, 1], [0, 0, 0.5, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).reshape(1, 3, 6, 1, 1)
     known.see(shown, label)
     torch.testing.assert_close(known.dice(), torch.tensor([1.0, 2 * 0.5 / (0.5 + 2), 1.0]))  # 255 does not count
-    torch.testing.assert_close(known.others(0.2, 0.5), torch.tensor([2 / 3, 1.0, 2 / 3]))
+    torch.testing.assert_close(known.neighbours(0.2, 0.5), torch.tensor([2 / 3, 1.0, 2 / 3]))
     known.see(torch.zeros_like(shown), label)
     torch.testing.assert_close(known.dice()[0], torch.tensor(2 * 0.95 * 2 / (0.95 * 4 + 2)))
-    other = KnownClasses(3)
+    other = KnownClasses(torch.zeros(3, 3))
     other.load_state_dict(known.state_dict())
     assert torch.equal(other.dice(), known.dice())
+    assert other.neighbours(0.2, 0.5).tolist() == [1, 1, 1]  # classes that are no neighbours
+
+
+def test_a_class_that_is_not_there_for_many_steps_stays_known() -> None:
+    known = KnownClasses(torch.ones(2, 2) - torch.eye(2))
+    label = torch.tensor([1, 2, 0, 0]).reshape(1, 4, 1, 1)
+    shown = torch.tensor([[0.9, 0, 0.02, 0.02], [0, 0.9, 0.02, 0.02]]).reshape(1, 2, 4, 1, 1)
+    known.see(shown, label)
+    before = known.dice()
+    for _ in range(100):
+        known.see(shown, label * (label != 2))
+    torch.testing.assert_close(known.dice()[1], before[1])
+
+
+def test_only_a_class_it_lies_around_waits_for_a_mask() -> None:
+    beside = torch.tensor([[0.0, 0.9, 0.02], [0.02, 0.0, 0.15], [0.0, 0.1, 0.0]])
+    known = KnownClasses(beside)
+    label = torch.tensor([1, 2, 3, 0]).reshape(1, 4, 1, 1)
+    unknown_first = torch.tensor([[0.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]).reshape(1, 3, 4, 1, 1)
+    known.see(unknown_first, label)
+    torch.testing.assert_close(known.neighbours(0.2, 0.5), torch.tensor([1.0, 0.0, 1.0]))
+    known.sums.zero_()
+    unknown_second = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1.0, 0]]).reshape(1, 3, 4, 1, 1)
+    known.see(unknown_second, label)
+    torch.testing.assert_close(known.neighbours(0.2, 0.5), torch.tensor([1.0, 1.0, 0.5]))
+
+
+def test_the_more_labels_the_less_a_mask_counts() -> None:
+    logits = logits_of({1: 4.0})
+    target = ball((5, 5, 4), 3).float()
+    few, many, all_alike, paper = (
+        term_of(Stub(target)), term_of(Stub(target)), term_of(Stub(target), enough=None), term_of(Stub(target), **PAPER)
+    )  # fmt: skip
+    for term, labelled in ((few, 4), (many, 8), (all_alike, 8), (paper, 8)):
+        term.consult([Stub(target)], (1.0, 1.0, 1.0), labelled)
+    torch.testing.assert_close(gradient(many, step_of(logits)), gradient(few, step_of(logits)) / 4)
+    assert torch.equal(gradient(all_alike, step_of(logits)), gradient(few, step_of(logits)))
+    alone = term_of(Stub(target), **PAPER)
+    assert torch.equal(gradient(paper, step_of(logits)), gradient(alone, step_of(logits)))
+
+
+@pytest.mark.parametrize("view", ["slices", "mosaic", "volume", "sam-med3d"])
+def test_models_are_asked_in_full_precision_under_autocast(view: str) -> None:
+    from scarceseg.foundation.sam_med3d_tuned import SamMed3DModel
+    from scarceseg.foundation.sam_volume import SamPromptable
+    from scarceseg.foundation.tiny_sam3d import TinySam3D
+    from tests.foundation.test_sam_med3d import tiny_network
+
+    models: dict[str, Callable[[], Promptable]] = {
+        "volume": lambda: TinySam3D(small_net(), longest=16),
+        "sam-med3d": lambda: SamMed3DModel(tiny_network()),
+    }
+    model = models[view]() if view in models else SamPromptable(small_sam()).seen_as(view)
+    prompts = ["uncertainty", *(["mask"] if "mask" in model.prompt_kinds else [])]
+    term = term_of(model, prompts=prompts, gate=False)
+    term.consult([model], (1.5, 1.5, 2.0))  # its grid is not the patch's
+    logits = torch.full((1, 2, *SIZE), 0.0)
+    logits[:, 1] = 12 * ball((1, 5, 4), 3) - 6.0  # touches a face of the patch
+    step = replace(step_of(logits_of({})), unlabelled=Unlabelled(noise(SIZE), ("u",)), logits_u=logits.requires_grad_())
+    exact = term.loss(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = term.loss(replace(step, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(rounded, exact, rtol=0.2, atol=1e-3)
+    torch.autograd.backward(rounded)
+    assert logits.grad is not None and torch.isfinite(logits.grad).all() and logits.grad.any()
+
+
+def test_corrections_are_about_the_piece_that_was_asked_about() -> None:
+    probability = (ball((3, 4, 4), 2.5) | ball((10, 8, 6), 1.5)).float() * 0.98
+    model = Stub(ball((3, 4, 4), 2.5).float())  # answers with the piece it was asked about
+    embedding = model.embed(noise(SIZE), (1.0, 1.0, 1.0))
+    for components, clicks in (("largest", 1), ("all", 2)):
+        asking = Asking(kinds=("point",), corrections=1, components=components)  # type: ignore[arg-type]
+        prompts = first_prompts(probability, replace(asking, components="largest"), (1.0, 1.0, 1.0))
+        answers = converse(model, embedding, [0], probability[None], [prompts], asking, (1.0, 1.0, 1.0))
+        (prompt,) = answers.prompts
+        assert prompt.points_voxel is not None and len(prompt.points_voxel) == clicks
 
 
 def test_answers_to_single_clicks_that_differ_count_less() -> None:

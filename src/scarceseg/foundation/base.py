@@ -86,7 +86,7 @@ class Promptable(ABC):
 
     @abstractmethod
     def embed(self, image: ImageBatch, spacing_mm: Spacing) -> Embedding:
-        """Do the expensive part once.
+        """Do the expensive part once; it may be called under autocast, `segment` is not.
 
         Args:
             image: ``[B, C, X, Y, Z]`` intensities of any affine scale (raw or z-scored); the adapter normalises.

@@ -18,6 +18,7 @@ from scarceseg.foundation.prompts import (
     box_from_mask,
     combine,
     correction_clicks,
+    largest_piece,
     mask_prompt,
     points_from_probability,
 )
@@ -138,7 +139,7 @@ def converse(
     chosen = embedding.select([rows[number] for number in owner.tolist()])
     masks = model.segment(chosen, flat)
     rounds = [masks.probability.float()]
-    wished = probability.detach().float()[owner] > asking.threshold
+    wished = _wished(probability, asking)[owner]
     for _ in range(asking.corrections):
         flat = _corrected(flat, wished, rounds[-1], spacing_mm, generator)
         masks = model.segment(chosen, flat, masks)
@@ -148,6 +149,14 @@ def converse(
     centre = _by_owner(several, owner, len(prompts))
     squares = torch.stack([(one - centre[owner]) ** 2 for one in rounds]).mean(0)
     return Answers(mean, quality, _by_owner(squares, owner, len(prompts)), tuple(flat))
+
+
+def _wished(probability: torch.Tensor, asking: Asking) -> torch.Tensor:
+    """The masks ``[N, X, Y, Z]`` that are asked about, without the pieces that no prompt is for."""
+    masks = probability.detach().float() > asking.threshold
+    if asking.corrections and asking.components == "largest":
+        masks = torch.stack([largest_piece(mask) for mask in masks])
+    return masks
 
 
 def _one_by_one(points: Prompt) -> list[Prompt]:

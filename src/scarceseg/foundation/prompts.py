@@ -394,6 +394,11 @@ def _depth(inside: torch.Tensor, spacing_mm: Spacing) -> torch.Tensor:
     return error_distances(torch.zeros_like(inside), inside, spacing_mm)[0]
 
 
+def largest_piece(inside: torch.Tensor) -> torch.Tensor:
+    """The largest connected piece (26 neighbours) of a mask ``[X, Y, Z]`` bool."""
+    return _pieces(inside) == 1
+
+
 def _pieces(inside: torch.Tensor) -> torch.Tensor:
     """Connected pieces ``[X, Y, Z]`` numbered by size: 1 is the largest, 0 is outside."""
     numbers = torch.from_numpy(ndimage.label(inside.cpu().numpy(), structure=_TOUCHING)[0]).long()

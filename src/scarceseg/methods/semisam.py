@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from scarceseg.errors import ConfigError
-from scarceseg.foundation.base import Embedding, Promptable, Spacing
+from scarceseg.foundation.base import Promptable, Spacing
 from scarceseg.foundation.dialogue import Answers, Asking, Kind, converse, first_prompts
-from scarceseg.functional.reliability import mask_gate, merge_masks, rise, soft_dice, voxel_gate
+from scarceseg.foundation.memory import EmbeddingMemory
+from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
+from scarceseg.functional.surroundings import surroundings
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions
-from scarceseg.types import IGNORE_LABEL, ImageBatch, Prompt, Step
+from scarceseg.methods.known_classes import KnownClasses
+from scarceseg.types import ImageBatch, Prompt, Step
 
 if TYPE_CHECKING:
     from scarceseg.engine.workspace import Workspace
@@ -35,10 +37,13 @@ class SemiSamOptions(TermOptions):
         prompts: what is asked, see `scarceseg.foundation.dialogue.Asking`; ``point`` is the paper's.
         clicks, outside, corrections, components, threshold, confident: see `Asking` there.
         gate: weigh masks and voxels by how far the model may be trusted; False is the paper's method. With several classes a mask
-            counts for nothing until the student knows the other classes on labelled rows, whose voxels it may cover.
+            counts for nothing until the student knows, on labelled rows, the classes whose surroundings it is much of, since it
+            may cover them.
         agreement: soft Dice of student and model below which a mask counts for nothing, and from which on it may count for all.
         quality: the same for the IoU the model estimates.
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
+        enough: labelled volumes up to which masks count in full; with more, N, their weight is ``(enough / N)^2``: the student
+            then knows more than the model, which none of the other measures shows. None: never less.
         every: iterations from one question to the next; between them the term is silent.
         remember: embeddings kept for patches that come again, as they do when volumes are no larger than a patch. A run that
             was resumed has none of them and may differ from an unbroken one by rounding.
@@ -60,14 +65,20 @@ class SemiSamOptions(TermOptions):
     agreement: tuple[float, float] = (0.2, 0.5)
     quality: tuple[float, float] = (0.0, 0.3)
     doubt: float = Field(0.8, ge=0, le=1)
+    enough: int | None = Field(4, ge=1)
     every: int = Field(1, ge=1)
     remember: int = Field(0, ge=0)
+
+    @field_validator("foundation", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     def idle(self) -> dict[str, str]:
         """Those of the gate without it, those of clicks without clicks."""
         found = super().idle()
         if not self.gate:
-            found |= dict.fromkeys(("agreement", "quality", "doubt"), "with gate: false")
+            found |= dict.fromkeys(("agreement", "quality", "doubt", "enough"), "with gate: false")
         if not {"point", "uncertainty"} & set(self.prompts):
             found |= dict.fromkeys(("clicks", "outside"), f"with prompts: [{', '.join(self.prompts)}]")
         return found
@@ -81,15 +92,15 @@ class Opinion:
         probability: ``[U, K-1, X, Y, Z]`` of the foreground classes.
         weight: the same shape, in [0, 1]; 0 where nothing was asked.
         asked: ``[U, K-1]`` bool.
-        agreement, quality: means over what was asked, in [0, 1].
+        agreement, quality: means over what was asked, in [0, 1], of each model.
         prompts: of the first model, by row and class.
     """
 
     probability: torch.Tensor
     weight: torch.Tensor
     asked: torch.Tensor
-    agreement: float
-    quality: float
+    agreement: tuple[float, ...]
+    quality: tuple[float, ...]
     prompts: Mapping[tuple[int, int], Sequence[Prompt]]
 
 
@@ -113,7 +124,8 @@ class SemiSam(Term):
 
     def __init__(self, options: TermOptions, classes: int) -> None:
         super().__init__(options, classes)
-        self.known = KnownClasses(classes - 1) if classes > 2 and self.options.gate else None
+        everywhere = 1 - torch.eye(classes - 1)  # until `initialise` has seen the labels
+        self.known = KnownClasses(everywhere) if classes > 2 and self.options.gate else None
 
     def initialise(self, student: nn.Module, work: Workspace) -> None:
         """Take the models, each built once a run, and the size of the voxels."""
@@ -127,7 +139,10 @@ class SemiSam(Term):
                 )
             self._check(model, name, len(work.plan.channels))
             models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
-        self.consult(models, work.plan.spacing_mm)
+        if self.known is not None:
+            labels = (case.label for case in work.labelled if case.label is not None)
+            self.known.beside = surroundings(labels, work.classes)
+        self.consult(models, work.plan.spacing_mm, len(work.labelled))
 
     def _check(self, model: Promptable, name: str, channels: int) -> None:
         """Refuse before training what the model would refuse at the first question."""
@@ -149,16 +164,19 @@ class SemiSam(Term):
                 f"choose the one it is shown, 0 to {channels - 1}"
             )
 
-    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing) -> None:
+    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing, labelled: int = 1) -> None:
         """Say whom to ask; `initialise` does so in a run.
 
         Args:
             models: frozen.
             spacing_mm: of the patches' voxels.
+            labelled: volumes that the student learns from.
         """
+        enough = self.options.enough if self.options.gate else None
+        self._need = 1.0 if enough is None else min(1.0, enough / labelled) ** 2
         self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
         self._spacing_mm = spacing_mm
-        self._memories = tuple(_Memory(self.options.remember) for _ in models)
+        self._memories = tuple(EmbeddingMemory(self.options.remember) for _ in models)
         self._asking = Asking(
             kinds=self.options.prompts,
             clicks=self.options.clicks,
@@ -206,7 +224,7 @@ class SemiSam(Term):
         for key in prompts:
             asked[key] = True
         target, total = torch.zeros_like(foreground), torch.zeros_like(foreground)
-        agreement, quality = [0.0], [0.0]
+        agreement, quality = [0.0] * len(self._models), [0.0] * len(self._models)
         if prompts:
             agreement, quality = [], []
             for model, memory in zip(self._models, self._memories, strict=True):
@@ -219,22 +237,22 @@ class SemiSam(Term):
                 agreement.append(float(alike.mean()))
                 quality.append(float(answers.quality.mean()))
         share = total.clamp_min(1e-8)
-        weight = total / len(self._models)
+        weight = total * (self._need / len(self._models))
         if self.known is not None:
-            weight = weight * self.known.others(*self.options.agreement)[:, None, None, None]
+            weight = weight * self.known.neighbours(*self.options.agreement)[:, None, None, None]
         return Opinion(
             target / share,
             weight,
             asked,
-            sum(agreement) / len(agreement),
-            sum(quality) / len(quality),
+            tuple(agreement),
+            tuple(quality),
             prompts,
         )
 
     def _answers(
         self,
         model: Promptable,
-        memory: _Memory,
+        memory: EmbeddingMemory,
         image: ImageBatch,
         foreground: torch.Tensor,
         prompts: Mapping[tuple[int, int], Sequence[Prompt]],
@@ -244,9 +262,10 @@ class SemiSam(Term):
         embedding, known = memory.embed(model, image, sorted({row for row, _ in prompts}), self._spacing_mm)
         wished = torch.stack([foreground[key] for key in prompts])
         rows = [known[row] for row, _ in prompts]
-        return converse(
-            model, embedding, rows, wished, list(prompts.values()), self._asking, self._spacing_mm, generator
-        )
+        with torch.autocast(wished.device.type, enabled=False):  # places and odds need more than bf16 has
+            return converse(
+                model, embedding, rows, wished, list(prompts.values()), self._asking, self._spacing_mm, generator
+            )
 
     def _merged(
         self,
@@ -276,15 +295,20 @@ class SemiSam(Term):
         asked = opinion.asked
         self._numbers = {
             "asked": float(asked.float().mean()),
-            "agreement": opinion.agreement,
-            "quality": opinion.quality,
+            "agreement": sum(opinion.agreement) / len(opinion.agreement),
+            "quality": sum(opinion.quality) / len(opinion.quality),
             "gate": float(opinion.weight[asked].mean()) if bool(asked.any()) else 0.0,
         }
+        if len(self._models) > 1:
+            for number, (agreement, quality) in enumerate(zip(opinion.agreement, opinion.quality, strict=True), 1):
+                self._numbers |= {f"agreement_{number}": agreement, f"quality_{number}": quality}
         assert step.unlabelled is not None
         self._shown = {"image": step.unlabelled.image, "student": foreground, "opinion": opinion}
 
     def numbers(self) -> Mapping[str, float]:
-        """Share of classes asked for, agreement with the student, the model's own quality and the mean weight."""
+        """Share of classes asked for, agreement with the student, the model's own quality, the mean weight; of several models the
+        means, and each by its number.
+        """
         return self._numbers
 
     def picture(self) -> NDArray[Any] | None:
@@ -297,71 +321,3 @@ class SemiSam(Term):
         return dialogue_picture(
             self._shown["image"], self._shown["student"], opinion.probability, opinion.weight, opinion.prompts
         )
-
-
-class KnownClasses(nn.Module):
-    """How well the student knows each foreground class on labelled rows: the soft Dice over about the last 20 steps.
-
-    Args:
-        count: of foreground classes.
-    """
-
-    KEPT = 0.95
-    """Share of the sums that is kept from one step to the next."""
-    sums: torch.Tensor
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.register_buffer("sums", torch.zeros(3, count))
-
-    def see(self, foreground: torch.Tensor, label: torch.Tensor) -> None:
-        """Take labelled rows in: the student's probabilities ``[L, K-1, X, Y, Z]`` and the reference ``[L, X, Y, Z]``."""
-        truth = torch.stack([label == value for value in range(1, foreground.shape[1] + 1)], 1).to(foreground)
-        inside = (label != IGNORE_LABEL)[:, None]
-        overlap, found, there = (x.sum((0, 2, 3, 4)) for x in (foreground * truth, foreground * inside, truth))
-        self.sums.mul_(self.KEPT).add_(torch.stack([overlap, found, there]))
-
-    def dice(self) -> torch.Tensor:
-        """``[K-1]`` in [0, 1]; 1 for a class that no labelled row has had yet, which nobody can wait for."""
-        overlap, found, there = self.sums
-        return torch.where(there > 0, 2 * overlap / (found + there).clamp_min(1e-8), 1.0)
-
-    def others(self, low: float, high: float) -> torch.Tensor:
-        """``[K-1]``: 0 while any other class has a Dice up to `low`, 1 when all others have `high` or more. (ours)"""
-        known = rise(self.dice(), low, high)
-        apart = known.repeat(len(known), 1).masked_fill(
-            torch.eye(len(known), dtype=torch.bool, device=known.device), 1.0
-        )
-        return apart.amin(1)
-
-
-class _Memory:
-    """The last patches one model embedded; one that comes again is not embedded again."""
-
-    def __init__(self, size: int) -> None:
-        self.kept: deque[tuple[torch.Tensor, Embedding, int]] = deque(maxlen=size)
-
-    def embed(
-        self, model: Promptable, image: ImageBatch, rows: Sequence[int], spacing_mm: Spacing
-    ) -> tuple[Embedding, dict[int, int]]:
-        """The embedding of the rows asked about, new ones in one batch, and where in it each row is."""
-        known = {row: found for row in rows if (found := self._recall(image[row])) is not None}
-        new = [row for row in rows if row not in known]
-        parts = list(known.values())
-        fresh = model.embed(image[new], spacing_mm) if new else None
-        frames = [part.frame for part in (*parts, fresh) if part is not None]
-        if any(frame != frames[0] for frame in frames):  # made for their batch alone: cannot be joined
-            return model.embed(image[list(rows)], spacing_mm), {row: place for place, row in enumerate(rows)}
-        if fresh is not None:
-            self.kept.extend((image[row].clone(), fresh, place) for place, row in enumerate(new))
-            parts.append(fresh)
-        places = {row: place for place, row in enumerate([*known, *new])}
-        return (parts[0] if len(parts) == 1 else _joined(parts)), places
-
-    def _recall(self, patch: torch.Tensor) -> Embedding | None:
-        return next((made.select([place]) for image, made, place in self.kept if torch.equal(image, patch)), None)
-
-
-def _joined(parts: Sequence[Embedding]) -> Embedding:
-    features = {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features}
-    return Embedding(features, parts[0].size, parts[0].frame)
