@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from scarceseg.engine import selftest as selftest_module
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
+from scarceseg.engine.statistics import pool_statistics
 from scarceseg.errors import ConfigError, Interrupted
 from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
 from scarceseg.foundation.tiny_sam3d_tuned import TinySam3DModel, TunedTinySam3D
@@ -24,6 +26,7 @@ from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
 from scarceseg.methods.sfr import Sfr, SfrOptions
 from scarceseg.methods.sfr_plus import SfrPlus, SfrPlusOptions
+from scarceseg.networks.vnet import VNet
 from scarceseg.types import Unlabelled
 from tests.engine.test_run import lines, same
 from tests.foundation.small import small_net
@@ -79,6 +82,137 @@ def test_stopped_in_any_stage_and_resumed_is_bit_for_bit_the_same(
     assert same(tmp_path / "whole", tmp_path / "cut")
     kept = [[(e["stage"], e["iteration"], e["loss"]) for e in lines(tmp_path / run)] for run in ("whole", "cut")]
     assert sorted(kept[0]) == sorted(kept[1])
+
+
+LABELLING = {
+    "mean-teacher+sfr": "sfr-label",
+    "mean-teacher+copy": "copy-label",
+    "atlas": "atlas-label",
+    "self-training": "self-training-label1",
+    "sfr+ student": "sfr+-round1/student",
+    "sfr+": "sfr+-round1",
+}
+
+
+@pytest.mark.parametrize("what", LABELLING)
+def test_stopped_while_labelling_and_resumed_is_bit_for_bit_the_same(data: Path, tmp_path: Path, what: str) -> None:
+    method = what.partition(" ")[0]
+    terms = {"sfr+": {**QUICK["sfr+"]["sfr+"], "threshold": 1.0, "rounds": 2}} if method == "sfr+" else QUICK[method]
+    config = tiny_config(data, method=method, terms=terms)
+    train(config, tmp_path / "whole")
+    kept: list[str] = []
+
+    def write(self: PseudoLabels, case: str, *rest: Any, **more: Any) -> None:
+        original(self, case, *rest, **more)
+        if self.folder == tmp_path / "cut" / "stages" / LABELLING[what]:
+            kept.append(case)
+            if len(kept) == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    original = PseudoLabels.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PseudoLabels, "write", write)
+        with pytest.raises(Interrupted, match="labelling|registering"):
+            train(config, tmp_path / "cut")
+        assert len(kept) == 1
+        train(config, tmp_path / "cut", resume=True)
+    assert len(kept) == len(set(kept)) == 3
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("method", ["sfr+", "self-training"])
+def test_the_pool_is_labelled_by_the_network_as_it_would_be_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Running statistics of the last training batches label worse than those of the pool."""
+    seen: list[torch.Tensor] = []
+    original = workspace_module.Workspace.predict
+
+    def means(network: torch.nn.Module) -> torch.Tensor:
+        norms = [m.running_mean for m in network.modules() if isinstance(m, torch.nn.BatchNorm3d)]
+        return torch.cat([mean for mean in norms if mean is not None]).clone()
+
+    def predict(self: Any, network: Any, case: Any, whole: bool = False) -> np.ndarray:
+        if isinstance(network, VNet):  # not a foundation model
+            before = means(network)
+            pool_statistics(network, self)
+            assert torch.equal(before, means(network))  # they were those already
+            seen.append(before)
+        return original(self, network, case, whole)
+
+    monkeypatch.setattr(workspace_module.Workspace, "predict", predict)
+    train(tiny_config(data, method=method, terms=QUICK[method]), tmp_path / "run")
+    assert len(seen) >= 6
+
+
+def test_an_sfr_plus_round_leaves_the_student_as_it_is(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+    original = SfrPlus._sure
+
+    def spy(self: SfrPlus, work: Any, student: torch.nn.Module, *rest: Any) -> set[str]:
+        for _ in range(2):
+            states.append({key: value.clone() for key, value in student.state_dict().items()})
+            found = original(self, work, student, *rest)
+        states.append({key: value.clone() for key, value in student.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(SfrPlus, "_sure", spy)
+    terms = {"sfr+": {**QUICK["sfr+"]["sfr+"], "rounds": 2}}
+    train(tiny_config(data, method="sfr+", terms=terms), tmp_path / "run")
+    assert len(states) == 3
+    assert all(torch.equal(value, states[0][key]) for state in states for key, value in state.items())
+    table = json.loads((tmp_path / "run" / "stages" / "sfr+-round1" / "confidence.json").read_text())
+    own = json.loads((tmp_path / "run" / "stages" / "sfr+-round1" / "student" / "confidence.json").read_text())
+    for case, row in table["cases"].items():
+        assert row["student_confidence"] == own["cases"][case]["confidence"]
+    assert table["threshold"] == 0.5 and table["measure"] == "volume"
+
+
+MANY: dict[str, dict[str, Any]] = {
+    "sfr": {"sfr": {"tune_iterations": 1}},
+    "sfr+": {"sfr+": {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2, "threshold": 0.0, "sure": "student"}},
+    "atlas+sfr": {
+        "atlas": {"workers": 1, "registration": "affine"},
+        "sfr": {"tune_iterations": 1, "learn_from": "atlas", "targets": "soft"},
+    },
+    "copy": {"copy": {"trust": "weight"}},
+    "self-training": {"self-training": {"teacher_iterations": 1}},
+}
+
+
+@pytest.mark.parametrize("method", MANY)
+@pytest.mark.parametrize("patches", [False, True])
+def test_several_classes_and_channels(tmp_path: Path, method: str, patches: bool, patch_model: str) -> None:
+    if patches and "sfr" not in method:
+        pytest.skip("no foundation model in it")
+    folder = tiny_dataset(tmp_path / "data", classes=4, channels=2)
+    more = {"foundation": patch_model} if patches else {}
+    result = train(tiny_config(folder, method=method, terms=MANY[method], iterations=2, **more), tmp_path / "run")
+    assert result.evaluation is None or len(result.evaluation["mean"]) == 3
+    tables = sorted((tmp_path / "run" / "stages").glob("*/confidence.json"))
+    assert tables
+    for table in tables:
+        for case in json.loads(table.read_text())["cases"]:
+            probability = np.asarray(PseudoLabels(table.parent).probability(case), dtype=np.float32)
+            assert probability.shape[0] == 4
+            np.testing.assert_allclose(probability.sum(0), 1, atol=5e-3)
+    assert [e["loss"] > 0 for e in lines(tmp_path / "run") if e["stage"] == "train"] == [True, True]
+
+
+def test_sfr_plus_with_labels_per_crop_resumes_after_a_round(data: Path, tmp_path: Path, patch_model: str) -> None:
+    terms = {"sfr+": {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2, "labels": "crop", "threshold": 0.6}}
+    config = tiny_config(data, method="sfr+", terms=terms, iterations=4, foundation=patch_model)
+    train(config, tmp_path / "whole")
+    for after in (1, 2):  # before the round's end at iteration 2, and once more after it
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in("train", after, patch)
+            with pytest.raises(Interrupted):
+                train(config, tmp_path / "cut", resume=True)
+    train(config, tmp_path / "cut", resume=True)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "whole" / "stages" / "sfr+-round1" / "sure.json").exists()
 
 
 @pytest.mark.parametrize("method", sorted(QUICK))

@@ -59,6 +59,17 @@ class Display:
         if self._bar:
             self._bar.stop()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Make room for the display of other work."""
+        if self._bar:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar:
+                self._bar.start()
+
     def resize(self, done: int, total: int, note: str) -> None:
         """Report `done` of a number of steps that is known only now."""
         if total != self.total:

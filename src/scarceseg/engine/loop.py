@@ -229,7 +229,8 @@ class Loop:
                             f"stopped after iteration {finished} of {task.iterations}; --resume goes on from there"
                         )
                 if end < task.iterations:
-                    self._refresh([end])
+                    with progress.aside():
+                        self._refresh([end])
 
     def _refresh(self, rounds: Sequence[int]) -> None:
         if self.task.on_round is not None:

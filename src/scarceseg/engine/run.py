@@ -22,7 +22,6 @@ from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
 from scarceseg.engine.parallel import check_rows, first_alone, meet, processes, rank, wait
 from scarceseg.engine.pictures import keep_pool
 from scarceseg.engine.seeds import seed_init
-from scarceseg.engine.statistics import pool_statistics
 from scarceseg.engine.validation import Validation, finish
 from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import ConfigError, Interrupted, RunError
@@ -271,10 +270,8 @@ def _train_stage(
         return
     validation.load_best(student)
     if config.takes_pool_statistics:
-        trained, student = student, work.build_student("statistics")  # its batch norms belong to this process alone
-        student.load_state_dict(trained.state_dict())
         with timed_stage(folder, "statistics"):
-            pool_statistics(student, work)
+            student = work.as_saved(student)  # its batch norms belong to this process alone
     summary = {
         "method": config.method,
         "labelled": len(split.labelled),

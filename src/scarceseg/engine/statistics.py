@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,9 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.engine.selftest import to_memory_format
-from scarceseg.engine.workspace import Workspace
 from scarceseg.errors import Interrupted
 from scarceseg.types import ImageBatch
+
+if TYPE_CHECKING:
+    from scarceseg.engine.workspace import Workspace
 
 BATCHES = 64
 """Batches that the statistics are taken from; a shorter training takes as many as it had iterations."""

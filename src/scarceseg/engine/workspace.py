@@ -24,6 +24,7 @@ from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.logging import Display, RunLog
 from scarceseg.engine.loop import BatchSource, Loop, LoopTask
 from scarceseg.engine.seeds import rng
+from scarceseg.engine.statistics import pool_statistics
 from scarceseg.errors import ConfigError
 from scarceseg.foundation.base import Promptable, Tunable
 from scarceseg.foundation.load import load_foundation
@@ -129,6 +130,18 @@ class Workspace:
                 self.config.network.name, len(self.plan.channels), self.classes, self.config.network.args
             )
         return network.to(self.fabric.device)
+
+    def as_saved(self, network: nn.Module) -> SegmentationNetwork:
+        """A copy of a network like the student, as it would be saved: with the statistics of batch norm that the config asks for.
+
+        Args:
+            network: trained; it stays as it is.
+        """
+        copy = self.build_student("statistics")
+        copy.load_state_dict(network.state_dict())
+        if self.config.takes_pool_statistics:
+            pool_statistics(copy, self)
+        return copy
 
     def patches(self, stage: str, fields: Mapping[str, Mapping[str, Array]] | None = None) -> PatchSampler:
         """Batches as the run's own: labelled rows and, when `fields` gives maps for them, unlabelled rows.

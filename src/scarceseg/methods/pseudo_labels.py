@@ -6,7 +6,7 @@ A guess is made once for a volume, offline, and cropped and turned with the imag
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -209,19 +209,43 @@ class PseudoLabelTerm(Term):
     def guess(self, work: Workspace, stage: str, cases: list[PreparedCase], **about: Any) -> PseudoLabels:
         """Label `cases` with `probability_of`, one after the other, and keep what is done; returns the folder."""
         labels = PseudoLabels(work.folder(self.name, stage))
+
+        def one(case: PreparedCase) -> None:
+            probability = self.probability_of(work, case)
+            self.keep(labels, case.name, probability, probability.max(0))
+
+        self.each(work, stage, cases, labels, one)
+        if work.fabric.is_global_zero:
+            labels.finish([case.name for case in cases], **about)
+        return labels
+
+    def each(
+        self,
+        work: Workspace,
+        what: str,
+        cases: Sequence[PreparedCase],
+        labels: PseudoLabels,
+        make: Callable[[PreparedCase], None],
+    ) -> None:
+        """Make the guesses that are missing, each process its share, with a progress display and a way to stop in between.
+
+        Args:
+            what: is being done.
+            labels: where they lie.
+            make: makes and keeps the guess of one case.
+
+        Raises:
+            Interrupted: stopped by Ctrl-C or SIGTERM; what is done is kept.
+        """
         mine = work.mine(cases)
-        with work.display(f"{self.name}: {stage}", len(mine)) as display:
+        with work.display(f"{self.name}: {what}", len(mine)) as display:
             for number, case in enumerate(mine, 1):
                 if work.stop():
                     raise Interrupted(f"stopped while {self.name} was labelling; --resume goes on from there")
                 if not labels.has(case.name):
-                    probability = self.probability_of(work, case)
-                    self.keep(labels, case.name, probability, probability.max(0))
+                    make(case)
                 display.update(number, note=case.name)
         work.fabric.barrier()
-        if work.fabric.is_global_zero:
-            labels.finish([case.name for case in cases], **about)
-        return labels
 
     def keep(
         self,

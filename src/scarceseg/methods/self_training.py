@@ -53,7 +53,7 @@ class SelfTraining(PseudoLabelTerm):
         network = work.build_student(f"{self.name}-teacher{number}")
         if stage.startswith("label"):
             load_model(network, file)
-            self._teacher = [network]
+            self._teacher = [work.as_saved(network)]
             self.guess(work, stage, list(work.unlabelled), round=number)
             return
         name = f"{self.name}-{stage}"

@@ -14,11 +14,12 @@ from scarceseg.engine.checkpoint import write_text
 from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
-from scarceseg.methods.sfr import Sfr, SfrOptions
+from scarceseg.methods.sfr import Sfr, SfrOptions, warn_empty
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from scarceseg.data.prepare import PreparedCase
     from scarceseg.engine.workspace import Workspace
 
 SURE = "sure.json"
@@ -89,7 +90,7 @@ class SfrPlus(Sfr):
 
     def _round(self, work: Workspace, student: nn.Module, folder: Path, number: int) -> None:
         own = PseudoLabels(folder / "student")
-        sure = self._sure(work, student, own)
+        sure = self._sure(work, student, own, number)
         teacher = TunedTeacher(work, self.options, work.foundation_of(self))
         before = work.folder(self.name, f"round{number - 1}" if number > 1 else "tune")
         teacher.load(before)
@@ -105,41 +106,52 @@ class SfrPlus(Sfr):
         if self.options.labels == "crop":
             return
         labels = PseudoLabels(folder)
-        for case in work.mine(work.unlabelled):
-            if labels.has(case.name):
-                continue
+
+        def one(case: PreparedCase) -> None:
+            students = own.notes(case.name)
+            notes = {f"student_{key}": students[key] for key in ("confidence", "foreground_confidence")}
             if case.name not in sure:
                 probability = teacher.probability(case)
-                self.keep(labels, case.name, probability, probability.max(0))
+                self.keep(labels, case.name, probability, probability.max(0), notes)
             elif self.options.sure == "student":
                 probability = np.asarray(own.probability(case.name), dtype=np.float32)
-                self.keep(labels, case.name, probability, probability.max(0), {"sure": True})
+                self.keep(labels, case.name, probability, probability.max(0), {"sure": True, **notes})
             else:
-                labels.write_nothing(case.name, own.probability(case.name), {"sure": True})
-        work.fabric.barrier()
+                labels.write_nothing(case.name, own.probability(case.name), {"sure": True, **notes})
+
+        self.each(work, f"label, round {number}", work.unlabelled, labels, one)
         if work.fabric.is_global_zero:
-            labels.finish([case.name for case in work.unlabelled], **self.about(work, teacher), sure=sorted(sure))
+            about = {**self.about(work, teacher), "threshold": self.options.threshold, "measure": self.options.measure}
+            labels.finish([case.name for case in work.unlabelled], **about, sure=sorted(sure))
+        warn_empty(work, f"{self.name}, round {number}", labels)
 
     def ignored(self, case: str) -> bool:
         """Whether the patches of a sure volume are left out, when patches are labelled one by one."""
         return self.options.sure == "ignore" and case in getattr(self, "_ignored", frozenset())
 
-    def _sure(self, work: Workspace, student: nn.Module, own: PseudoLabels) -> set[str]:
+    def _sure(self, work: Workspace, student: nn.Module, own: PseudoLabels, number: int) -> set[str]:
         """Names of the volumes the student is sure of; its predictions are kept in `own`."""
-        for case in work.mine(work.unlabelled):
-            if not own.has(case.name):
-                own.write(case.name, work.predict(student, case), largest_component=self.options.largest_component)
-        work.fabric.barrier()
+        network = work.as_saved(student)
+
+        def one(case: PreparedCase) -> None:
+            own.write(case.name, work.predict(network, case), largest_component=self.options.largest_component)
+
+        self.each(work, f"student, round {number}", work.unlabelled, own, one)
         names = [case.name for case in work.unlabelled]
         rows = own.finish(names) if work.fabric.is_global_zero else {name: own.notes(name) for name in names}
         key = "confidence" if self.options.measure == "volume" else "foreground_confidence"
         sure = {name for name in names if rows[name][key] >= self.options.threshold}
         if len(sure) in (0, len(names)):
             spread = sorted(rows[name][key] for name in names)
+            everything = (
+                "gives no pseudo-labels"
+                if self.options.sure == "ignore"
+                else "gives the student its own predictions alone"
+            )
             work.warnings.append(
                 f"{self.name}: {'every' if sure else 'no'} unlabelled volume passes the confidence threshold "
                 f"{self.options.threshold:g} ({key} lies between {spread[0]:.4f} and {spread[-1]:.4f}), so a round "
-                f"{'gives no pseudo-labels' if sure else 'adds nothing to the fine-tuning'}: "
+                f"{everything if sure else 'adds nothing to the fine-tuning'}: "
                 f"choose terms.{self.name}.threshold in between, or measure: foreground"
             )
         return sure
