@@ -14,6 +14,8 @@ from scarceseg.config import Config
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, Interrupted
+from scarceseg.foundation.base import Masks
+from scarceseg.foundation.sam_volume import SamPromptable
 from scarceseg.foundation.tiny_sam import save_tiny_sam
 from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
 from scarceseg.methods.semisam import SemiSam
@@ -114,6 +116,47 @@ def test_several_models(data: Path, tmp_path: Path) -> None:
     train(config_of(data, semisam={"foundation": [own, own]}, iterations=2), tmp_path / "twice")
     train(config_of(data, iterations=2), tmp_path / "once")
     assert asked(tmp_path / "twice") == asked(tmp_path / "once")
+    assert same(tmp_path / "twice", tmp_path / "once")
+
+
+@pytest.mark.parametrize("view", ["mosaic", "slices"])
+def test_a_2d_sam_beside_a_volumetric_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: str
+) -> None:
+    sam, calls = SamPromptable(small_sam()), []
+    segment = SamPromptable.segment
+
+    def spy(self: SamPromptable, *rest: Any) -> Masks:
+        calls.append(self.options.view)
+        return segment(self, *rest)
+
+    original = workspace_module.load_foundation
+    monkeypatch.setattr(SamPromptable, "segment", spy)
+    monkeypatch.setattr(
+        workspace_module, "load_foundation", lambda name, *rest: sam if name == Sfr.foundation else original(name, *rest)
+    )
+    loose = {"view": view, "weight": 5.0, "ramp": "constant", "prompts": ["point"], "clicks": 1}
+    both = {"foundation": [str(Sfr.foundation), str(SemiSam.foundation)], **loose}
+    train(config_of(data, semisam=both, iterations=2), tmp_path / "both")
+    train(config_of(data, semisam={"foundation": str(SemiSam.foundation), **loose}, iterations=2), tmp_path / "one")
+    assert set(calls) == {view}
+    assert not same(tmp_path / "both", tmp_path / "one")
+    first = next(entry for entry in lines(tmp_path / "both") if entry["stage"] == "train")
+    mean = (first["agreement_1/semisam"] + first["agreement_2/semisam"]) / 2
+    assert first["agreement/semisam"] == pytest.approx(mean)
+
+
+def test_a_view_that_no_model_has_is_said(data: Path, tmp_path: Path) -> None:
+    result = train(config_of(data, semisam={"view": "slices"}, iterations=1), tmp_path / "run")
+    assert any("terms.semisam.view changes nothing" in text for text in result.warnings)
+
+
+def test_several_classes_and_channels(tmp_path: Path) -> None:
+    folder = tiny_dataset(tmp_path / "data", classes=4, channels=2)
+    options = {"channel": 1, "agreement": [0.0, 0.0]}
+    config = config_of(folder, "sfr+semisam", semisam=options, terms={"sfr": {"tune_iterations": 1}}, iterations=2)
+    train(config, tmp_path / "run")
+    assert max(asked(tmp_path / "run")) > 0
 
 
 def test_a_model_that_cannot_be_prompted_is_refused_in_one_message(data: Path, tmp_path: Path) -> None:

@@ -215,6 +215,17 @@ def test_sfr_plus_with_labels_per_crop_resumes_after_a_round(data: Path, tmp_pat
     assert (tmp_path / "whole" / "stages" / "sfr+-round1" / "sure.json").exists()
 
 
+def test_what_does_nothing_with_the_model_is_said(data: Path, tmp_path: Path, patch_model: str) -> None:
+    tuning = {"tune_iterations": 1, "patch_augment": "reflections", "augment": 0.5}
+    for name, word in ((None, "patch_augment"), (patch_model, "augment")):
+        config = tiny_config(data, method="sfr", terms={"sfr": tuning}, iterations=1, foundation=name)
+        warnings = [text for text in train(config, tmp_path / word).warnings if "changes nothing" in text]
+        assert len(warnings) == 1 and f"terms.sfr.{word} changes nothing" in warnings[0]
+    idle = SfrPlusOptions(rounds=1, threshold=0.5, strategy="decoder", rank=8).idle()
+    assert idle["threshold"] == idle["sure"] == "with rounds: 1" and idle["rank"] == "with strategy: decoder"
+    assert not {"threshold", "rank"} & set(SfrPlusOptions().idle())
+
+
 @pytest.mark.parametrize("method", sorted(QUICK))
 def test_hidden_labels_are_never_opened_in_stages(tmp_path: Path, method: str) -> None:
     for name in ("clean", "garbage"):

@@ -80,6 +80,10 @@ class TuningOptions(PseudoLabelOptions):
     tuned_in: str | None = None
     labels: Literal["volume", "crop"] = "volume"
 
+    def idle(self) -> dict[str, str]:
+        """The rank of low-rank updates where there are none."""
+        return super().idle() | ({"rank": "with strategy: decoder"} if self.strategy == "decoder" else {})
+
 
 class AlongAxis(TunedModel):
     """A tuned model that sees a volume's slices along another axis.
@@ -154,6 +158,15 @@ class TunedTeacher:
         self.work, self.options, self.model = work, options, model
         self.whole = model.sees == "volume"
         self.networks = [self._open(axis) for axis in options.axes]
+
+    def idle(self, term: str, name: str) -> list[str]:
+        """Words for options of `term` that were set and do nothing with this model."""
+        found = []
+        if self.whole and self.options.patch_augment is not None:
+            found.append(f"terms.{term}.patch_augment changes nothing: {name!r} is shown whole volumes, see augment")
+        if not self.whole and not self.model.slices and self.options.augment != 1:
+            found.append(f"terms.{term}.augment changes nothing: {name!r} sees no slices, see patch_augment")
+        return found
 
     @property
     def iterations(self) -> int:

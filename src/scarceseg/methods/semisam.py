@@ -139,6 +139,8 @@ class SemiSam(Term):
                 )
             self._check(model, name, len(work.plan.channels))
             models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
+        if self.options.view != "mosaic" and not any(model.views for model in models):
+            work.warnings.append(f"terms.{self.name}.view changes nothing: no model of slices is asked")
         if self.known is not None:
             labels = (case.label for case in work.labelled if case.label is not None)
             self.known.beside = surroundings(labels, work.classes)

@@ -82,6 +82,7 @@ class Sfr(PseudoLabelTerm):
             )
         tuned = work.folder(self.name, "tune")
         if stage == "tune":
+            work.warnings.extend(teacher.idle(self.name, work.foundation_of(self)))
             if self.options.tuned_in is not None:
                 take_tuned(work, self.name, Path(self.options.tuned_in), teacher.files, teacher.whole)
                 return

@@ -44,6 +44,11 @@ class SfrPlusOptions(SfrOptions):
     refresh_iterations: int | None = Field(None, ge=1)
     sure: Literal["ignore", "student"] = "ignore"
 
+    def idle(self) -> dict[str, str]:
+        """Those of later rounds, where there is one alone."""
+        later = ("threshold", "measure", "refresh_iterations", "sure")
+        return super().idle() | (dict.fromkeys(later, "with rounds: 1") if self.rounds == 1 else {})
+
     @model_validator(mode="after")
     def _own(self) -> SfrPlusOptions:
         if self.labels == "crop" and self.sure == "student":
