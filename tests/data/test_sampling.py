@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from scarceseg.data.augment import deform
+from scarceseg.data import sampling as sampling_module
+from scarceseg.data.augment import _near_identity, deform
 from scarceseg.data.crop import crop_padded, padded_size
 from scarceseg.data.sampling import PatchSampler, Source, numpys_blas, turn
 
@@ -117,6 +118,45 @@ def test_foreground_share() -> None:
     }
     assert hits[1.0] == 60
     assert hits[0.0] < 40
+
+
+def test_foreground_patches_show_small_classes_as_often_as_large_ones() -> None:
+    label = np.zeros((40, 20, 20), np.uint8)
+    label[20:] = 1
+    label[2, 3, 4] = 3
+    label[0, 0] = 255
+    image = np.zeros((1, *label.shape), np.float32)
+    made = sampler(labelled=[Source("a", image, label)], foreground=1.0, batch_labelled=1, augment="none")
+    shown = [made.batch(t)[0].label for t in range(80)]
+    small = sum(bool((x == 3).any()) for x in shown)
+    assert 25 < small < 55 and all(bool(((x == 1) | (x == 3)).any()) for x in shown)
+
+
+def test_deformations_are_drawn_in_mm() -> None:
+    spacing = np.diag([0.7, 0.8, 5.0])
+    for seed in range(3):
+        alike = _near_identity(np.random.default_rng(seed), 1.0, (2.0, 2.0, 2.0))
+        voxels = _near_identity(np.random.default_rng(seed), 1.0, np.diag(spacing))
+        np.testing.assert_allclose(spacing @ voxels @ np.linalg.inv(spacing), alike, atol=1e-12)
+    place = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in (60, 60, 40)), indexing="ij")
+    maps = {"image": np.zeros((1, 60, 60, 40), np.float32), "z": place[2]}
+    tilts = {}
+    for mm in ((1.0, 1.0, 1.0), (1.0, 1.0, 4.0)):
+        moved = deform(maps, (14, 14, 12), (32, 32, 16), np.random.default_rng(1), spacing_mm=mm)["z"]
+        tilts[mm] = np.polyfit(np.arange(32), moved[:, :, 8].mean(1), 1)[0]
+    assert abs(tilts[1.0, 1.0, 4.0]) < 0.6 * abs(tilts[1.0, 1.0, 1.0])
+
+
+def test_the_sampler_deforms_in_the_spacing_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*_: object, spacing_mm: object) -> dict[str, np.ndarray]:
+        seen.append(spacing_mm)
+        return {"image": np.zeros((1, 8, 8, 6))}
+
+    monkeypatch.setattr(sampling_module, "deform", spy)
+    sampler(spacing_mm=(0.7, 0.7, 5.0), augment="deform").unlabelled(0)
+    assert set(seen) == {(0.7, 0.7, 5.0)}
 
 
 @pytest.mark.parametrize("patch", [(8, 8, 6), (8, 6, 6)])

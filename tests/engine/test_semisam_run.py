@@ -133,7 +133,9 @@ def test_a_2d_sam_beside_a_volumetric_model(
     original = workspace_module.load_foundation
     monkeypatch.setattr(SamPromptable, "segment", spy)
     monkeypatch.setattr(
-        workspace_module, "load_foundation", lambda name, *rest: sam if name == Sfr.foundation else original(name, *rest)
+        workspace_module,
+        "load_foundation",
+        lambda name, *rest: sam if name == Sfr.foundation else original(name, *rest),
     )
     loose = {"view": view, "weight": 5.0, "ramp": "constant", "prompts": ["point"], "clicks": 1}
     both = {"foundation": [str(Sfr.foundation), str(SemiSam.foundation)], **loose}

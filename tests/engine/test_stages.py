@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from scarceseg.data import sampling as sampling_module
+from scarceseg.data import whole as whole_module
 from scarceseg.data.whole import CurvedSlices
 from scarceseg.engine import selftest as selftest_module
 from scarceseg.engine import workspace as workspace_module
@@ -213,6 +215,30 @@ def test_sfr_plus_with_labels_per_crop_resumes_after_a_round(data: Path, tmp_pat
     train(config, tmp_path / "cut", resume=True)
     assert same(tmp_path / "whole", tmp_path / "cut")
     assert (tmp_path / "whole" / "stages" / "sfr+-round1" / "sure.json").exists()
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_everything_is_bent_in_mm(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch_model: str, patches: bool
+) -> None:
+    seen: dict[str, set[tuple[float, ...]]] = {"deform": set(), "bend": set()}
+
+    def spy(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*values: Any, **named: Any) -> Any:
+            seen[name].add(tuple(named.get("spacing_mm", values[-1])))
+            return original(*values, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    spy(sampling_module, "deform")
+    spy(whole_module, "bend")
+    more = {"foundation": patch_model} if patches else {}
+    plan = {"patch": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.5]}
+    config = tiny_config(data, method="sfr", terms={"sfr": {"tune_iterations": 1}}, iterations=1, plan=plan, **more)
+    train(config, tmp_path / "run")
+    assert seen["deform"] == {(1.0, 1.0, 1.5)} and seen["bend"] == (set() if patches else {(1.0, 1.0, 1.5)})
 
 
 def test_what_does_nothing_with_the_model_is_said(data: Path, tmp_path: Path, patch_model: str) -> None:

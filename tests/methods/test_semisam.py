@@ -14,7 +14,7 @@ from scarceseg.foundation.base import Embedding, Masks, Promptable
 from scarceseg.foundation.dialogue import Asking, converse, first_prompts
 from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
 from scarceseg.methods import build_terms
-from scarceseg.methods.known_classes import KnownClasses
+from scarceseg.methods.proven_masks import ProvenMasks
 from scarceseg.methods.semisam import SemiSam
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.foundation.small import noise, small_net, small_sam
@@ -104,7 +104,7 @@ def test_every_answer_reaches_its_own_row_and_class(gate: bool) -> None:
     step = step_of(logits)
     assert step.unlabelled is not None
     model = Tables(step.unlabelled.image, 4, quality=0.2)
-    term = term_of(model, classes=4, prompts=["point"], clicks=1, gate=gate, agreement=(0.0, 0.9))
+    term = term_of(model, classes=4, prompts=["point"], clicks=1, gate=gate, agreement=(0.0, 0.9), proof=(0.0, 0.0))
     answers = {key: model.answers[key].numpy() for key in ((0, 1), (1, 0), (1, 1), (3, 0))}
     limits = {"low": 0.0, "high": 0.9, "sure": 0.3, "doubt": term.options.doubt} if gate else None
     expected = semisam(logits.detach().numpy(), answers, 0.2, limits)
@@ -223,57 +223,45 @@ def labelled_step(logits_u: torch.Tensor, found: dict[int, float], there: tuple[
     return replace(step, labelled=replace(step.labelled, label=label), logits_l=logits_l)
 
 
-def test_a_mask_waits_until_the_student_knows_the_classes_it_may_cover() -> None:
+def test_with_several_classes_masks_count_as_they_prove_on_labelled_rows() -> None:
     logits = logits_of({1: 4.0}, classes=3)
-    term = term_of(Stub(ball((6, 5, 4), 4).float()), classes=3)
-    assert gradient(term, labelled_step(logits, {1: 6.0}, (1,))).any()  # nobody has seen class 2 yet
-    assert not gradient(term, labelled_step(logits, {1: 6.0}, (1, 2))).any()  # it is there, and not found
-    for _ in range(60):
-        term.loss(labelled_step(logits, {1: 6.0, 2: 6.0}, (1, 2)))
-    assert gradient(term, labelled_step(logits, {1: 6.0, 2: 6.0}, (1, 2))).any()
-    ungated = term_of(Stub(ball((6, 5, 4), 4).float()), classes=3, gate=False)
-    assert gradient(ungated, labelled_step(logits, {1: 6.0}, (1, 2))).any()
-    assert term_of(Stub()).known is None  # a single class has no others
+    seen = {1: 6.0}
+    good, large = Stub(ball(CENTRES[1], 2.5).float()), Stub(ball(CENTRES[1], 5).float())
+    assert gradient(term_of(good, classes=3), labelled_step(logits, seen, (1,))).any()
+    assert not gradient(term_of(large, classes=3), labelled_step(logits, seen, (1,))).any()
+    assert gradient(term_of(large, classes=3, proof=(0.0, 0.0)), labelled_step(logits, seen, (1,))).any()
+    assert gradient(term_of(large, classes=3, gate=False), labelled_step(logits, seen, (1,))).any()
+    assert not gradient(term_of(good, classes=3), labelled_step(logits, {}, (1,))).any()  # nothing was asked there
+    assert term_of(Stub()).proven is None  # nothing else's place to take
 
 
-def test_known_classes() -> None:
-    known = KnownClasses(torch.ones(3, 3) - torch.eye(3))
-    assert known.neighbours(0.2, 0.5).tolist() == [1, 1, 1]
+def test_labelled_rows_are_looked_at_each_tenth_time() -> None:
+    model = Stub(ball(CENTRES[1], 2.5).float())
+    term = term_of(model, classes=3, every=2, prompts=["point"], clicks=1)
+    asked = []
+    for iteration in range(42):
+        before = len(model.asked)
+        term.loss(replace(labelled_step(logits_of({1: 4.0}, classes=3), {1: 6.0}, (1,)), iteration=iteration))
+        asked.append(len(model.asked) - before)
+    assert [number for number, count in enumerate(asked) if count == 2] == [0, 20, 40]
+    assert [number for number, count in enumerate(asked) if count] == list(range(0, 42, 2))
+    assert term.numbers() == {} or 0 < term.numbers()["proof_1"] <= 1
+
+
+def test_masks_are_proven_on_labelled_rows() -> None:
+    proven = ProvenMasks(3)
+    assert proven.dice().tolist() == [0, 0, 0]
     label = torch.tensor([1, 1, 2, 2, 0, 255]).reshape(1, 6, 1, 1)
-    shown = torch.tensor([[1.0, 1, 0, 0, 0, 1], [0, 0, 0.5, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).reshape(1, 3, 6, 1, 1)
-    known.see(shown, label)
-    torch.testing.assert_close(known.dice(), torch.tensor([1.0, 2 * 0.5 / (0.5 + 2), 1.0]))  # 255 does not count
-    torch.testing.assert_close(known.neighbours(0.2, 0.5), torch.tensor([2 / 3, 1.0, 2 / 3]))
-    known.see(torch.zeros_like(shown), label)
-    torch.testing.assert_close(known.dice()[0], torch.tensor(2 * 0.95 * 2 / (0.95 * 4 + 2)))
-    other = KnownClasses(torch.zeros(3, 3))
-    other.load_state_dict(known.state_dict())
-    assert torch.equal(other.dice(), known.dice())
-    assert other.neighbours(0.2, 0.5).tolist() == [1, 1, 1]  # classes that are no neighbours
-
-
-def test_a_class_that_is_not_there_for_many_steps_stays_known() -> None:
-    known = KnownClasses(torch.ones(2, 2) - torch.eye(2))
-    label = torch.tensor([1, 2, 0, 0]).reshape(1, 4, 1, 1)
-    shown = torch.tensor([[0.9, 0, 0.02, 0.02], [0, 0.9, 0.02, 0.02]]).reshape(1, 2, 4, 1, 1)
-    known.see(shown, label)
-    before = known.dice()
-    for _ in range(100):
-        known.see(shown, label * (label != 2))
-    torch.testing.assert_close(known.dice()[1], before[1])
-
-
-def test_only_a_class_it_lies_around_waits_for_a_mask() -> None:
-    beside = torch.tensor([[0.0, 0.9, 0.02], [0.02, 0.0, 0.15], [0.0, 0.1, 0.0]])
-    known = KnownClasses(beside)
-    label = torch.tensor([1, 2, 3, 0]).reshape(1, 4, 1, 1)
-    unknown_first = torch.tensor([[0.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]).reshape(1, 3, 4, 1, 1)
-    known.see(unknown_first, label)
-    torch.testing.assert_close(known.neighbours(0.2, 0.5), torch.tensor([1.0, 0.0, 1.0]))
-    known.sums.zero_()
-    unknown_second = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1.0, 0]]).reshape(1, 3, 4, 1, 1)
-    known.see(unknown_second, label)
-    torch.testing.assert_close(known.neighbours(0.2, 0.5), torch.tensor([1.0, 1.0, 0.5]))
+    masks = torch.tensor([[1.0, 1, 0.5, 0, 0, 1], [0, 0, 0.5, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).reshape(1, 3, 6, 1, 1)
+    proven.see(masks, torch.tensor([[True, True, False]]), label)
+    expected = torch.tensor([2 * 2 / (2.5 + 2), 2 * 0.5 / (0.5 + 2), 0.0])  # 255 does not count, nor what was not asked
+    torch.testing.assert_close(proven.dice(), expected)
+    proven.see(torch.zeros_like(masks), torch.tensor([[False, True, True]]), label)
+    expected = torch.tensor([expected[0], 2 * 0.9 * 0.5 / (0.9 * 0.5 + 0.9 * 2 + 2), 0.0])
+    torch.testing.assert_close(proven.dice(), expected)
+    other = ProvenMasks(3)
+    other.load_state_dict(proven.state_dict())
+    assert torch.equal(other.dice(), proven.dice())
 
 
 def test_the_more_labels_the_less_a_mask_counts() -> None:
@@ -494,7 +482,7 @@ def test_a_2d_sam_sees_the_patch_as_a_mosaic() -> None:
 
 
 def test_numbers_and_picture_of_a_step() -> None:
-    term = term_of(Stub(radius=3.0), classes=3, prompts=["point", "box", "mask"], outside=1)
+    term = term_of(Stub(radius=3.0), classes=3, prompts=["point", "box", "mask"], outside=1, proof=(0.0, 0.0))
     assert term.numbers() == {} and term.picture() is None
     term.loss(step_of(logits_of({1: 4.0, 2: 4.0}, {1: 4.0}, classes=3)))
     numbers = term.numbers()

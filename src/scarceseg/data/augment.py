@@ -50,7 +50,12 @@ def curve_slices(image: Image, draw: np.random.Generator) -> Image:
 
 
 def bend(
-    image: Image, label: Array, size: Sequence[int], draw: np.random.Generator, strength: float = 1.0
+    image: Image,
+    label: Array,
+    size: Sequence[int],
+    draw: np.random.Generator,
+    strength: float = 1.0,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[Image, Array]:
     """A small random affine map and elastic bend of a whole volume, sampled on a grid of `size`. (ours)
 
@@ -64,6 +69,7 @@ def bend(
         size: voxels of the result; the whole volume fills it.
         draw: source of the random map.
         strength: factor of all deviations; 0 only resamples.
+        spacing_mm: of the volume's voxels, in which the affine map is drawn.
 
     Returns:
         Image ``[C, *size]`` (linear) and label ``[*size]`` (nearest).
@@ -72,7 +78,7 @@ def bend(
     grid = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij"))
     step = (shape / np.asarray(size))[:, None, None, None]
     grid = (grid + 0.5) * step - 0.5
-    matrix = np.eye(3) + strength * draw.normal(0, 0.08, (3, 3))
+    matrix = _near_identity(draw, strength, spacing_mm)
     centre = (shape - 1) / 2
     offset = centre - matrix @ centre + strength * draw.normal(0, 0.04, 3) * shape
     at = np.tensordot(matrix, grid, 1) + offset[:, None, None, None]
@@ -89,6 +95,7 @@ def deform(
     patch: Sequence[int],
     draw: np.random.Generator,
     strength: float = 1.0,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> dict[str, Array]:
     """A patch of a volume after a small random affine map and elastic bend, with another contrast. (ours)
 
@@ -103,9 +110,10 @@ def deform(
         patch: its voxels ``(X, Y, Z)``.
         draw: source of the random map.
         strength: factor of all deviations; 0 only crops.
+        spacing_mm: of the voxels. The affine map is drawn in mm, so that thick slices are not tilted more than thin ones.
     """
     sides = np.asarray(patch)
-    matrix = np.eye(3) + strength * draw.normal(0, 0.08, (3, 3))
+    matrix = _near_identity(draw, strength, spacing_mm)
     nodes = strength * 0.03 * sides[:, None, None, None] * draw.normal(0, 1, (3, _NODES, _NODES, _NODES))
     centre = (sides - 1) / 2
     axes = [np.arange(side, dtype=np.float32) - middle for side, middle in zip(sides, centre, strict=True)]
@@ -124,6 +132,13 @@ def deform(
     if strength:
         moved["image"] = contrast(moved["image"], draw)
     return moved
+
+
+def _near_identity(draw: np.random.Generator, strength: float, spacing_mm: Sequence[float]) -> NDArray[np.float64]:
+    """A random affine map of voxels whose deviations from the identity are alike in mm."""
+    spacing = np.asarray(spacing_mm, dtype=float)
+    matrix: NDArray[np.float64] = np.eye(3) + strength * draw.normal(0, 0.08, (3, 3)) * (spacing / spacing[:, None])
+    return matrix
 
 
 _NODES = 5

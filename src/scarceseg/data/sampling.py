@@ -20,7 +20,7 @@ from threadpoolctl import ThreadpoolController
 from scarceseg.data.augment import deform
 from scarceseg.data.crop import crop_padded, padded_size
 from scarceseg.engine.seeds import rng
-from scarceseg.types import Augment, Labelled, LabelMap, Unlabelled, Volume
+from scarceseg.types import IGNORE_LABEL, Augment, Labelled, LabelMap, Unlabelled, Volume
 
 Array = NDArray[Any]
 
@@ -79,7 +79,8 @@ class PatchSampler:
     """Makes the batch of any iteration.
 
     Cases are visited in a new random order per round, each once a round. A patch position is uniform over the volume,
-    or, for the share `foreground` of labelled rows, centred (as far as the border allows) on a labelled foreground voxel.
+    or, for the share `foreground` of labelled rows, centred (as far as the border allows) on a voxel of a foreground class of the
+    case, each class as often as the others.
 
     Args:
         labelled: sources with labels.
@@ -92,6 +93,7 @@ class PatchSampler:
             turns and four reflections alike; "reflections" flips after every turn, along X or Y, as the published scripts
             do. Quarter turns need X = Y, otherwise only half turns are drawn. "none" only crops.
         foreground: share in [0, 1].
+        spacing_mm: of the prepared voxels, in which "deform" draws.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class PatchSampler:
         *,
         augment: Augment = "deform",
         foreground: float = 0.0,
+        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
         self.sources = {"labelled": list(labelled), "unlabelled": list(unlabelled)}
         self.rows = {"labelled": batch_labelled, "unlabelled": batch_unlabelled}
@@ -112,7 +115,8 @@ class PatchSampler:
         self.seed = seed
         self.augment = augment
         self.foreground = foreground
-        self._foreground_voxels: dict[str, NDArray[np.int64]] = {}
+        self.spacing_mm = spacing_mm
+        self._foreground_voxels: dict[str, list[NDArray[np.int64]]] = {}
 
     def set_fields(self, fields: Mapping[str, Mapping[str, Array]]) -> None:
         """Other maps for the unlabelled cases, by case; batches made from now on have them."""
@@ -158,7 +162,7 @@ class PatchSampler:
             maps["label"] = source.label
         start = self._start(source, padded_size(source.image.shape[-3:], self.patch), draw)
         if self.augment == "deform":
-            return source.name, deform(maps, start, self.patch, draw)
+            return source.name, deform(maps, start, self.patch, draw, spacing_mm=self.spacing_mm)
         turns, flip = self._turn(draw)
         return source.name, {
             key: np.ascontiguousarray(turn(crop_padded(value, start, self.patch, self.patch), turns, flip))
@@ -170,9 +174,10 @@ class PatchSampler:
         uniform = [int(draw.integers(0, r + 1)) for r in room]
         if source.label is None or not self.foreground or draw.random() >= self.foreground:
             return uniform
-        voxels = self._foreground(source)
-        if not len(voxels):
+        classes = self._foreground(source)
+        if not classes:
             return uniform
+        voxels = classes[int(draw.integers(len(classes)))] if len(classes) > 1 else classes[0]
         centre = np.unravel_index(int(voxels[draw.integers(len(voxels))]), source.label.shape)
         shift = [(side - own) // 2 for side, own in zip(size, source.label.shape, strict=True)]
         return [
@@ -180,10 +185,13 @@ class PatchSampler:
             for c, s, patch, r in zip(centre, shift, self.patch, room, strict=True)
         ]
 
-    def _foreground(self, source: Source) -> NDArray[np.int64]:
+    def _foreground(self, source: Source) -> list[NDArray[np.int64]]:
+        """Voxels of each foreground class that a case has."""
         if source.name not in self._foreground_voxels:
             assert source.label is not None
-            self._foreground_voxels[source.name] = np.flatnonzero(source.label)
+            label = np.ravel(source.label)
+            known = sorted({int(value) for value in np.unique(label)} - {0, IGNORE_LABEL})
+            self._foreground_voxels[source.name] = [np.flatnonzero(label == value) for value in known]
         return self._foreground_voxels[source.name]
 
     def _turn(self, draw: np.random.Generator) -> tuple[int, int | None]:

@@ -38,12 +38,20 @@ class WholeVolumes:
         rows: volumes in a batch.
         seed: of the draws.
         strength: of the bends; 0 neither bends nor changes the contrast.
+        spacing_mm: of the volumes' voxels.
     """
 
     def __init__(
-        self, sources: Sequence[Source], size: tuple[int, int, int], rows: int, seed: int, strength: float = 1.0
+        self,
+        sources: Sequence[Source],
+        size: tuple[int, int, int],
+        rows: int,
+        seed: int,
+        strength: float = 1.0,
+        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
         self.sources, self.size, self.rows, self.seed, self.strength = list(sources), size, rows, seed, strength
+        self.spacing_mm = spacing_mm
 
     def batch(self, iteration: int) -> Batch:
         """Labelled rows of one iteration, as CPU tensors."""
@@ -53,7 +61,8 @@ class WholeVolumes:
             source = self.sources[int(rng(self.seed, "stage", 0, epoch).permutation(len(self.sources))[place])]
             assert source.label is not None
             draw = rng(self.seed, "stage", 1, number)
-            image, label = bend(np.asarray(source.image), np.asarray(source.label), self.size, draw, self.strength)
+            maps = np.asarray(source.image), np.asarray(source.label)
+            image, label = bend(*maps, self.size, draw, self.strength, self.spacing_mm)
             images.append(torch.from_numpy(contrast(image, draw) if self.strength else image))
             labels.append(torch.from_numpy(label.astype(np.int64)))
             names.append(source.name)

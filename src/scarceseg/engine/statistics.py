@@ -87,6 +87,7 @@ def pool_statistics(network: nn.Module, work: Workspace) -> None:
         config.batch_labeled + config.batch_unlabeled,
         work.seed("statistics"),
         augment=config.augment,
+        spacing_mm=work.plan.spacing_mm,
     )
     to_memory_format(network, work.memory_format)
     count = min(BATCHES, config.iterations)

@@ -259,4 +259,5 @@ def patch_sampler(
         seed,
         augment=config.augment,
         foreground=config.foreground,
+        spacing_mm=plan.spacing_mm,
     )

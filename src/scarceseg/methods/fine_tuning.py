@@ -273,10 +273,11 @@ class TunedTeacher:
         return SideBySide(parts) if len(parts) > 1 else parts[0]
 
     def _part(self, sources: list[Source], rows: int, seed: int, axis: int) -> Sampler:
+        plan = self.work.plan
         if self.whole:
-            return WholeVolumes(sources, self.common_size(), rows, seed, self.options.augment)
+            return WholeVolumes(sources, self.common_size(), rows, seed, self.options.augment, plan.spacing_mm)
         augment = self.options.patch_augment or self.work.config.augment
-        patches = PatchSampler(sources, [], self.work.plan.patch, rows, 0, seed, augment=augment)
+        patches = PatchSampler(sources, [], plan.patch, rows, 0, seed, augment=augment, spacing_mm=plan.spacing_mm)
         return CurvedSlices(patches, seed, axis) if self.options.augment and self.model.slices else patches
 
     def probability(self, case: PreparedCase) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -15,14 +15,17 @@ from scarceseg.errors import ConfigError
 from scarceseg.foundation.base import Promptable, Spacing
 from scarceseg.foundation.dialogue import Answers, Asking, Kind, converse, first_prompts
 from scarceseg.foundation.memory import EmbeddingMemory
-from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
-from scarceseg.functional.surroundings import surroundings
+from scarceseg.functional.reliability import mask_gate, merge_masks, rise, soft_dice, voxel_gate
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions
-from scarceseg.methods.known_classes import KnownClasses
+from scarceseg.methods.proven_masks import ProvenMasks
 from scarceseg.types import ImageBatch, Prompt, Step
 
 if TYPE_CHECKING:
     from scarceseg.engine.workspace import Workspace
+
+
+PROOF_EVERY = 10
+"""Questions from one look at labelled rows to the next."""
 
 
 class SemiSamOptions(TermOptions):
@@ -36,11 +39,11 @@ class SemiSamOptions(TermOptions):
         view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
         prompts: what is asked, see `scarceseg.foundation.dialogue.Asking`; ``point`` is the paper's.
         clicks, outside, corrections, components, threshold, confident: see `Asking` there.
-        gate: weigh masks and voxels by how far the model may be trusted; False is the paper's method. With several classes a mask
-            counts for nothing until the student knows, on labelled rows, the classes whose surroundings it is much of, since it
-            may cover them.
+        gate: weigh masks and voxels by how far the model may be trusted; False is the paper's method.
         agreement: soft Dice of student and model below which a mask counts for nothing, and from which on it may count for all.
         quality: the same for the IoU the model estimates.
+        proof: with several classes, the same for the soft Dice of the model's masks of a class on labelled rows, where it is
+            asked too, each tenth time: masks that are too large take the place of classes that the student does not find yet.
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
         enough: labelled volumes up to which masks count in full; with more, N, their weight is ``(enough / N)^2``: the student
             then knows more than the model, which none of the other measures shows. None: never less.
@@ -64,6 +67,7 @@ class SemiSamOptions(TermOptions):
     gate: bool = True
     agreement: tuple[float, float] = (0.2, 0.5)
     quality: tuple[float, float] = (0.0, 0.3)
+    proof: tuple[float, float] = (0.5, 0.7)
     doubt: float = Field(0.8, ge=0, le=1)
     enough: int | None = Field(4, ge=1)
     every: int = Field(1, ge=1)
@@ -78,7 +82,7 @@ class SemiSamOptions(TermOptions):
         """Those of the gate without it, those of clicks without clicks."""
         found = super().idle()
         if not self.gate:
-            found |= dict.fromkeys(("agreement", "quality", "doubt", "enough"), "with gate: false")
+            found |= dict.fromkeys(("agreement", "quality", "proof", "doubt", "enough"), "with gate: false")
         if not {"point", "uncertainty"} & set(self.prompts):
             found |= dict.fromkeys(("clicks", "outside"), f"with prompts: [{', '.join(self.prompts)}]")
         return found
@@ -89,7 +93,8 @@ class Opinion:
     """What the models think of the unlabelled rows.
 
     Attributes:
-        probability: ``[U, K-1, X, Y, Z]`` of the foreground classes.
+        probability: ``[U, K-1, X, Y, Z]`` of the foreground classes, the models' mean by their weights.
+        masks: the same shape, their plain mean; 0 where nothing was asked.
         weight: the same shape, in [0, 1]; 0 where nothing was asked.
         asked: ``[U, K-1]`` bool.
         agreement, quality: means over what was asked, in [0, 1], of each model.
@@ -97,6 +102,7 @@ class Opinion:
     """
 
     probability: torch.Tensor
+    masks: torch.Tensor
     weight: torch.Tensor
     asked: torch.Tensor
     agreement: tuple[float, ...]
@@ -124,8 +130,7 @@ class SemiSam(Term):
 
     def __init__(self, options: TermOptions, classes: int) -> None:
         super().__init__(options, classes)
-        everywhere = 1 - torch.eye(classes - 1)  # until `initialise` has seen the labels
-        self.known = KnownClasses(everywhere) if classes > 2 and self.options.gate else None
+        self.proven = ProvenMasks(classes - 1) if classes > 2 and self.options.gate else None
 
     def initialise(self, student: nn.Module, work: Workspace) -> None:
         """Take the models, each built once a run, and the size of the voxels."""
@@ -141,9 +146,6 @@ class SemiSam(Term):
             models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
         if self.options.view != "mosaic" and not any(model.views for model in models):
             work.warnings.append(f"terms.{self.name}.view changes nothing: no model of slices is asked")
-        if self.known is not None:
-            labels = (case.label for case in work.labelled if case.label is not None)
-            self.known.beside = surroundings(labels, work.classes)
         self.consult(models, work.plan.spacing_mm, len(work.labelled))
 
     def _check(self, model: Promptable, name: str, channels: int) -> None:
@@ -199,8 +201,10 @@ class SemiSam(Term):
             self._numbers = {}
             return step.logits_u.sum() * 0
         foreground = step.logits_u.float().softmax(1)[:, 1:]
-        if self.known is not None:
-            self.known.see(step.logits_l.detach().float().softmax(1)[:, 1:], step.labelled.label)
+        if self.proven is not None and step.iteration // self.options.every % PROOF_EVERY == 0:
+            found = step.logits_l.detach().float().softmax(1)[:, 1:]
+            proof = self._ask(step.labelled.image, found, step.generator)
+            self.proven.see(proof.masks, proof.asked, step.labelled.label)
         opinion = self.opinion(step.unlabelled.image, foreground.detach(), step.generator)
         self._note(step, foreground.detach(), opinion)
         return (opinion.weight * (foreground - opinion.probability).square()).mean()
@@ -214,6 +218,15 @@ class SemiSam(Term):
             foreground: the student's probabilities ``[U, K-1, X, Y, Z]``.
             generator: of the clicks.
         """
+        opinion = self._ask(image, foreground, generator)
+        weight = opinion.weight * self._need
+        if self.proven is not None:
+            weight = weight * rise(self.proven.dice(), *self.options.proof)[:, None, None, None]
+        return replace(opinion, weight=weight)
+
+    @torch.no_grad()
+    def _ask(self, image: ImageBatch, foreground: torch.Tensor, generator: torch.Generator) -> Opinion:
+        """What the models say to these patches, weighed by what they say alone."""
         if self.options.channel is not None:
             image = image[:, self.options.channel : self.options.channel + 1]
         prompts = {
@@ -225,7 +238,7 @@ class SemiSam(Term):
         asked = torch.zeros(foreground.shape[:2], dtype=torch.bool, device=foreground.device)
         for key in prompts:
             asked[key] = True
-        target, total = torch.zeros_like(foreground), torch.zeros_like(foreground)
+        target, masks, total = (torch.zeros_like(foreground) for _ in range(3))
         agreement, quality = [0.0] * len(self._models), [0.0] * len(self._models)
         if prompts:
             agreement, quality = [], []
@@ -235,16 +248,15 @@ class SemiSam(Term):
                 alike = soft_dice(foreground[asked], merged[asked])
                 weight = self._weight(answers, alike, foreground[asked], merged[asked])
                 target[asked] += weight * merged[asked]
+                masks[asked] += merged[asked] / len(self._models)
                 total[asked] += weight
                 agreement.append(float(alike.mean()))
                 quality.append(float(answers.quality.mean()))
         share = total.clamp_min(1e-8)
-        weight = total * (self._need / len(self._models))
-        if self.known is not None:
-            weight = weight * self.known.neighbours(*self.options.agreement)[:, None, None, None]
         return Opinion(
             target / share,
-            weight,
+            masks,
+            total / len(self._models),
             asked,
             tuple(agreement),
             tuple(quality),
@@ -301,6 +313,8 @@ class SemiSam(Term):
             "quality": sum(opinion.quality) / len(opinion.quality),
             "gate": float(opinion.weight[asked].mean()) if bool(asked.any()) else 0.0,
         }
+        if self.proven is not None:
+            self._numbers |= {f"proof_{number}": value for number, value in enumerate(self.proven.dice().tolist(), 1)}
         if len(self._models) > 1:
             for number, (agreement, quality) in enumerate(zip(opinion.agreement, opinion.quality, strict=True), 1):
                 self._numbers |= {f"agreement_{number}": agreement, f"quality_{number}": quality}
