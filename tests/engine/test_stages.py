@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
 from scarceseg.engine.statistics import pool_statistics
-from scarceseg.errors import ConfigError, Interrupted
+from scarceseg.errors import ConfigError, Interrupted, RunError
 from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
 from scarceseg.foundation.tiny_sam3d_tuned import TinySam3DModel, TunedTinySam3D
 from scarceseg.functional.pseudo import pseudo_label_loss, soft_label_loss
@@ -170,6 +172,10 @@ def test_an_sfr_plus_round_leaves_the_student_as_it_is(
     for case, row in table["cases"].items():
         assert row["student_confidence"] == own["cases"][case]["confidence"]
     assert table["threshold"] == 0.5 and table["measure"] == "volume"
+    kept = {
+        path.name.rpartition("-")[2] for path in (tmp_path / "run" / "stages" / "sfr+-round1" / "student").glob("*.npy")
+    }
+    assert kept == {"label.npy"}  # nothing reads the probabilities any more
 
 
 MANY: dict[str, dict[str, Any]] = {
@@ -239,6 +245,18 @@ def test_everything_is_bent_in_mm(
     config = tiny_config(data, method="sfr", terms={"sfr": {"tune_iterations": 1}}, iterations=1, plan=plan, **more)
     train(config, tmp_path / "run")
     assert seen["deform"] == {(1.0, 1.0, 1.5)} and seen["bend"] == (set() if patches else {(1.0, 1.0, 1.5)})
+
+
+@pytest.mark.parametrize("method", ["copy", "atlas"])
+def test_guesses_that_do_not_fit_on_the_disk_are_refused_before_they_are_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+        with pytest.raises(RunError, match="GB are free: make room and --resume"):
+            train(tiny_config(data, method=method, terms=QUICK.get(method, {})), tmp_path / "run")
+    assert not list((tmp_path / "run" / "stages").glob("*/*.npy"))
+    train(tiny_config(data, method=method, terms=QUICK.get(method, {})), tmp_path / "run", resume=True)
 
 
 def test_what_does_nothing_with_the_model_is_said(data: Path, tmp_path: Path, patch_model: str) -> None:

@@ -71,6 +71,20 @@ def test_ignored_voxels_are_not_painted(tmp_path: Path) -> None:
     assert not mask[..., 3].any()
 
 
+@pytest.mark.parametrize(("measure", "shown"), [("volume", "97.0 %"), ("foreground", "42.0 %")])
+def test_rounds_of_sfr_plus_show_how_sure_the_student_was(tmp_path: Path, measure: str, shown: str) -> None:
+    run = make_run(tmp_path / "run", method="sfr+")
+    add_pool(run, CASES)
+    folder = run / "stages" / "sfr+-round1"
+    folder.mkdir()
+    row = {"confidence": 0.5, "foreground_confidence": 0.5}
+    row |= {"student_confidence": 0.97, "student_foreground_confidence": 0.42}
+    table = {"threshold": 0.985, "measure": measure, "cases": dict.fromkeys(CASES, row)}
+    (folder / "confidence.json").write_text(json.dumps(table))
+    text = Page(build_report(run)).text
+    assert "sfr+-round1, student" in text and shown in text and "threshold 0.985" in text
+
+
 def test_prompts_are_shown_in_order_and_not_too_many(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", method="mean-teacher+semisam")
     add_pictures(run, 12)

@@ -69,6 +69,8 @@ class Atlas(PseudoLabelTerm):
         """Label the pool; alignments are kept in the cache, so that a stopped stage and other runs go on from them."""
         labels = PseudoLabels(work.folder(self.name, stage))
         folder = (work.cache or cache_folder()) / "atlas"
+        if work.fabric.is_global_zero:
+            labels.require_space(work.unlabelled, work.classes)
         missing = [case for case in work.mine(work.unlabelled) if not labels.has(case.name)]
         with work.display(f"{self.name}: {stage}", 1) as display:
 

@@ -6,6 +6,8 @@ A guess is made once for a volume, offline, and cropped and turned with the imag
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -108,6 +110,31 @@ class PseudoLabels:
         """Confidence and what else was noted."""
         kept = self._read(case, "label")[1]
         return {key: value for key, value in kept.items() if key not in {"shape", "dtype", "bytes"}}
+
+    def require_space(self, cases: Iterable[PreparedCase], classes: int) -> None:
+        """Refuse to begin where the guesses of `cases` that are missing do not fit on the disk.
+
+        Args:
+            cases: of the pool.
+            classes: K.
+
+        Raises:
+            RunError: there is less space than they take.
+        """
+        voxels = sum(math.prod(case.geometry.size) for case in cases if not self.has(case.name))
+        needed = voxels * (2 * classes + 3)  # probabilities, weight, label
+        place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise RunError(
+                f"the guesses for the unlabelled volumes take {needed / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are "
+                "free: make room and --resume, or start a run elsewhere or with a coarser --spacing"
+            )
+
+    def drop_probabilities(self, cases: Iterable[str]) -> None:
+        """Remove the probabilities, the largest part, of guesses that nothing reads any more."""
+        for case in cases:
+            self._entry(case, "probability").unlink(missing_ok=True)
 
     def finish(self, cases: Iterable[str], **about: Any) -> dict[str, dict[str, Any]]:
         """Write the table of all cases, with the settings in `about`; returns the rows."""
@@ -236,8 +263,11 @@ class PseudoLabelTerm(Term):
 
         Raises:
             Interrupted: stopped by Ctrl-C or SIGTERM; what is done is kept.
+            RunError: they do not fit on the disk.
         """
         mine = work.mine(cases)
+        if work.fabric.is_global_zero:
+            labels.require_space(cases, work.classes)
         with work.display(f"{self.name}: {what}", len(mine)) as display:
             for number, case in enumerate(mine, 1):
                 if work.stop():

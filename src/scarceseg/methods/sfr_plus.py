@@ -109,6 +109,8 @@ class SfrPlus(Sfr):
             teacher.save(folder)
         write_text(folder / SURE, json.dumps(sorted(sure)))
         if self.options.labels == "crop":
+            if work.fabric.is_global_zero:
+                own.drop_probabilities(case.name for case in work.unlabelled)
             return
         labels = PseudoLabels(folder)
 
@@ -128,6 +130,7 @@ class SfrPlus(Sfr):
         if work.fabric.is_global_zero:
             about = {**self.about(work, teacher), "threshold": self.options.threshold, "measure": self.options.measure}
             labels.finish([case.name for case in work.unlabelled], **about, sure=sorted(sure))
+            own.drop_probabilities(case.name for case in work.unlabelled)
         warn_empty(work, f"{self.name}, round {number}", labels)
 
     def ignored(self, case: str) -> bool:

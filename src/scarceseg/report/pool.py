@@ -91,18 +91,26 @@ def pool_section(record: RunRecord) -> Section | None:
 
 
 def _tables(record: RunRecord) -> dict[str, tuple[dict[str, float], str]]:
-    """By stage: confidence over the foreground of each case, and what the table says of how the labels were made."""
+    """By stage: confidence over the foreground of each case, and what the table says of how the labels were made.
+
+    A round of SFR+ has the student's confidence besides, by its own measure.
+    """
     found = {}
     for path in sorted((record.folder / "stages").glob("*/confidence.json")):
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-            rows = {str(case): float(row["foreground_confidence"]) for case, row in table.pop("cases").items()}
+            cases = table.pop("cases").items()
+            rows = {str(case): float(row["foreground_confidence"]) for case, row in cases}
+            key = "student_confidence" if table.get("measure") == "volume" else "student_foreground_confidence"
+            students = {str(case): float(row[key]) for case, row in cases if key in row}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             record.notes.append(_unreadable(path, error))
             continue
         plain = {key: value for key, value in table.items() if isinstance(value, str | int | float)}
         words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items())
         found[path.parent.name] = (rows, words)
+        if students:
+            found[f"{path.parent.name}, student"] = (students, "")
     return found
 
 
