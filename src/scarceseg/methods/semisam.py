@@ -67,7 +67,7 @@ class SemiSamOptions(TermOptions):
     gate: bool = True
     agreement: tuple[float, float] = (0.2, 0.5)
     quality: tuple[float, float] = (0.0, 0.3)
-    proof: tuple[float, float] = (0.5, 0.7)
+    proof: tuple[float, float] = (0.7, 0.9)
     doubt: float = Field(0.8, ge=0, le=1)
     enough: int | None = Field(4, ge=1)
     every: int = Field(1, ge=1)
