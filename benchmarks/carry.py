@@ -1,0 +1,132 @@
+"""After a change that must not change a number: rows measured with an older commit's code count as measured with today's.
+
+    python benchmarks/carry.py COMMIT
+
+Every kind of run that stands in `results/` with that commit's code is done for a few steps with both codes, on small phantoms
+with fixed arithmetic and one thread; where all weights are equal, bit for bit, the rows get today's hash. The others keep
+theirs, and with it the mark that their code has changed. The working tree must be clean: what is compared is what is committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Kind = tuple[bool, str, str, bool]
+"""Several classes and channels, method, augmentation, a single labelled volume."""
+
+
+def kind_of(path: Path, row: Any) -> Kind | None:
+    """What kind of run a row is of; None for what is no trained run."""
+    if not isinstance(row, dict) or "code" not in row or not isinstance(row.get("config"), dict):
+        return None
+    return path.parent.name.startswith("phantoms"), row["method"], row["config"]["augment"], row["labels"] == 1
+
+
+def main() -> None:
+    """Compare, and stamp the rows that may be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit")
+    parser.add_argument(
+        "--kinds", type=json.loads, help=argparse.SUPPRESS
+    )  # the runs of one tree, in a process of its own
+    options = parser.parse_args()
+    if options.kinds is not None:
+        print(json.dumps(weights(options.kinds)))
+        return
+    if subprocess.run(["git", "status", "--porcelain", "src"], cwd=ROOT, capture_output=True, check=True).stdout:
+        raise SystemExit("commit the changes in src first")
+    rows = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.rglob("*.json"))}
+    kinds = {path: kind for path, row in rows.items() if (kind := kind_of(path, row))}
+    methods = sorted({kind[1] for kind in kinds.values()})
+    with tempfile.TemporaryDirectory() as folder:
+        old = Path(folder) / "old"
+        subprocess.run(["git", "worktree", "add", "--detach", str(old), options.commit], cwd=ROOT, check=True)
+        try:
+            before, now = hashes(old, methods), hashes(ROOT, methods)
+            stale = {
+                path: kind for path, kind in kinds.items() if rows[path]["code"] == before[kind[1]] != now[kind[1]]
+            }
+            wanted = sorted(set(stale.values()))
+            print(f"{len(stale)} rows, {len(wanted)} kinds of run", flush=True)
+            then, today = (run(tree, wanted, Path(folder) / f"runs{number}") for number, tree in enumerate((old, ROOT)))
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
+    equal = {kind for kind, one, other in zip(wanted, then, today, strict=True) if one == other}
+    for kind in wanted:
+        print("equal    " if kind in equal else "different", *kind)
+    for path, kind in stale.items():
+        if kind in equal:
+            path.write_text(json.dumps(rows[path] | {"code": now[kind[1]]}, indent=1) + "\n", encoding="utf-8")
+
+
+def hashes(tree: Path, methods: list[str]) -> dict[str, str]:
+    """Of the code of each method in a tree, by that tree's own rules."""
+    asked = "import json, sys; from common import code_hash, training_code; "
+    asked += "print(json.dumps({m: code_hash(training_code(m)) for m in json.loads(sys.argv[1])}))"
+    return dict(json.loads(_python(tree, ["-c", asked, json.dumps(methods)], tree / "benchmarks")))
+
+
+def run(tree: Path, kinds: list[Kind], folder: Path) -> list[str]:
+    """The weights that every kind of run leaves with a tree's code."""
+    folder.mkdir()
+    return list(json.loads(_python(tree, [__file__, "-", "--kinds", json.dumps(kinds)], folder).splitlines()[-1]))
+
+
+def _python(tree: Path, arguments: list[str], place: Path) -> str:
+    more = {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=place, env=os.environ | more, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+def weights(kinds: list[Kind]) -> list[str]:
+    """Run every kind in the present folder; a hash of what it leaves, or its error."""
+    from scarceseg import Config, train
+    from scarceseg.data.phantoms import PhantomConfig, write_phantom_dataset
+    from scarceseg.methods import parse_method
+
+    for several in (False, True):
+        shape = PhantomConfig((28, 28, 24), (3.0, 3.0, 3.0), classes=4 if several else 1, channels=2 if several else 1)
+        write_phantom_dataset(Path(f"data{several}"), 6, 6, shape, seed=1)
+    tuning = {"tune_iterations": 2}
+    quick = {"sfr": tuning, "sfr+": {**tuning, "refresh_iterations": 2}, "atlas": {"workers": 1}}
+    left = []
+    for number, (several, method, augment, single) in enumerate(kinds):
+        values = {
+            "dataset": str(Path(f"data{several}").resolve()),
+            "method": method,
+            "augment": augment,
+            "labeled": 1 if single else 3,
+            "batch_norm": "split" if several else "joint",
+            "foreground": 0.5 if several else 0.0,
+            "network": {"name": "vnet", "args": {"n_filters": 2}},
+            "plan": {"patch": [16, 16, 16]},
+            "iterations": 12,
+            "device": "cpu",
+            "precision": "fp32",
+            "memory_format": "contiguous",
+            "terms": {name: quick[name] for name in parse_method(method) if name in quick},
+        }
+        out = Path(f"run{number}")
+        try:
+            train(Config.build(values), out, cache=Path("cache"))
+            left.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()[:16])
+        except Exception as error:  # a kind that cannot be run is not equal to anything
+            left.append(f"{number}: {error!r} {out.resolve()}")
+        print(f"{number + 1}/{len(kinds)} {method}", file=sys.stderr, flush=True)
+    return left
+
+
+if __name__ == "__main__":
+    main()
