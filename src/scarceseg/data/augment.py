@@ -1,4 +1,4 @@
-"""Augmentations for tuning on a few labelled volumes: intensity curves, and small bends that leave a volume in its frame."""
+"""Augmentations: small bends that leave a patch or a volume in its frame, other contrasts, intensity curves of slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared volumes -> two-stream batches of patches: labelled rows and unlabelled rows, cropped, turned and flipped.
+"""Prepared volumes -> two-stream batches of patches: labelled rows and unlabelled rows, cropped, and bent or turned.
 
 Every row is a pure function of (seed, stream, row number). Batches can therefore be made ahead in a thread, on any
 number of processes, and from any iteration on, and are always the same.

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there."""
+"""Files that are either whole or not there, and checkpoints among them."""
 
 from __future__ import annotations
 

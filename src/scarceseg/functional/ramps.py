@@ -1,6 +1,6 @@
 """Weights over time: how strongly a term counts at iteration t of T.
 
-All ramps are quantised the way the published scripts do it: a run has `epochs` equal parts (40 parts of 150 iterations
+Laine's ramps are quantised the way the published scripts do it: a run has `epochs` equal parts (40 parts of 150 iterations
 in the usual T = 6000) and the weight changes between parts. Stated in parts of the run, the same recipe means the
 same curve at any T; in the published scripts the length is tied to T = 6000.
 """

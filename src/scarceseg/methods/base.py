@@ -141,7 +141,7 @@ class Term(nn.Module):
         return None
 
     def loss(self, step: Step) -> torch.Tensor | Parts:
-        """Raw scalar loss of the step; finite for any class count and batch split."""
+        """Raw scalar loss of the step, or its `Parts`; finite for any class count and batch split."""
         raise NotImplementedError
 
     def after_update(self, student: nn.Module, iteration: int) -> None:
