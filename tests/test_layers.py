@@ -40,7 +40,6 @@ KNOWN = {
     ("engine", "evaluation"),  # validation at the end of a run
     ("engine", "report"),
     ("evaluation", "report"),  # the page of a comparison
-    ("report", "active"),  # the page of a suggestion
 }
 """Edges upwards that are still there. One that is gone must be taken out of this set; none may be added."""
 

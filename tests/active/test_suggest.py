@@ -13,13 +13,13 @@ import pytest
 
 import scarceseg
 from scarceseg.active import suggest as module
-from scarceseg.active.files import FOLDER, RESULT, model_hash
 from scarceseg.active.measure import Measurer, other_teachers
 from scarceseg.config import Config
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.inference.predictor import Predictor
 from scarceseg.report import build_report
+from scarceseg.report.suggestion_files import FOLDER, RESULT, model_hash
 from tests.cli.test_commands import scarceseg as command
 from tests.report.fake_run import figure, make_run
 from tests.report.test_build import NASTY, Page, assert_self_contained

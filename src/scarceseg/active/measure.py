@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scarceseg.active.features import Watched, volume_statistics
-from scarceseg.active.files import figure_path, measured_path, model_hash
 from scarceseg.active.scores import class_uncertainty, disagreement, entropy_map
 from scarceseg.config import Config
 from scarceseg.data.cache import entry_path, load, store
@@ -23,6 +22,7 @@ from scarceseg.inference.prediction import Prepared
 from scarceseg.inference.predictor import Predictor
 from scarceseg.methods.base import build_terms
 from scarceseg.methods.pseudo_labels import PseudoLabels, PseudoLabelTerm
+from scarceseg.report.suggestion_files import figure_path, measured_path, model_hash
 
 VERSION = 1
 """Part of every stamp; raised when the numbers of a volume change."""

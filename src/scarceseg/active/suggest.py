@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
 from scarceseg.active.features import standardised
-from scarceseg.active.files import RESULT, SHOWN
 from scarceseg.active.measure import Measured, Measurer, Progress
 from scarceseg.active.scores import greedy, informativeness, volume_uncertainty
 from scarceseg.active.suggestion import Suggestion, Suggestions
@@ -25,6 +24,7 @@ from scarceseg.engine.logging import Display
 from scarceseg.errors import ConfigError, RunError
 from scarceseg.inference.predictor import Predictor
 from scarceseg.report import build_report
+from scarceseg.report.suggestion_files import RESULT, SHOWN
 
 Floats = NDArray[np.float64]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scarceseg.active.files import RESULT, SHOWN, figure_path, model_hash
 from scarceseg.errors import DataError
 from scarceseg.report.folder import RunRecord, ShownCase, read_case
+from scarceseg.report.suggestion_files import RESULT, SHOWN, figure_path, model_hash
 from scarceseg.report.viewers import Viewer, planes_viewer, within_budget
 
 BUDGET = 2_500_000
