@@ -1,10 +1,11 @@
 """After a change that must not change a number: rows measured with an older commit's code count as measured with today's.
 
-    python benchmarks/carry.py COMMIT
+    python benchmarks/carry.py COMMIT [--without semisam,sfr+]
 
 Every kind of run that stands in `results/` with that commit's code is done for a few steps with both codes, on small phantoms
 with fixed arithmetic and one thread; where all weights are equal, bit for bit, the rows get today's hash. The others keep
-theirs, and with it the mark that their code has changed. The working tree must be clean: what is compared is what is committed.
+theirs, and with it the mark that their code has changed. Terms that are known to compute otherwise where these runs do not look (in
+bf16, with more labels) are named with --without. The working tree must be clean: what is compared is what is committed.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ def main() -> None:
     parser.add_argument(
         "--kinds", type=json.loads, help=argparse.SUPPRESS
     )  # the runs of one tree, in a process of its own
+    parser.add_argument("--without", default="", help="terms whose rows keep their hash")
     options = parser.parse_args()
     if options.kinds is not None:
         print(json.dumps(weights(options.kinds)))
         return
+    from scarceseg.methods import parse_method
+
     if subprocess.run(["git", "status", "--porcelain", "src"], cwd=ROOT, capture_output=True, check=True).stdout:
         raise SystemExit("commit the changes in src first")
     rows = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.rglob("*.json"))}
+    changed = set(options.without.split(","))
     kinds = {path: kind for path, row in rows.items() if (kind := kind_of(path, row))}
     methods = sorted({kind[1] for kind in kinds.values()})
     with tempfile.TemporaryDirectory() as folder:
