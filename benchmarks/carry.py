@@ -4,8 +4,8 @@
 
 Every kind of run that stands in `results/` with that commit's code is done for a few steps with both codes, on small phantoms
 with fixed arithmetic and one thread; where all weights are equal, bit for bit, the rows get today's hash. The others keep
-theirs, and with it the mark that their code has changed. Terms that are known to compute otherwise where these runs do not look (in
-bf16, with more labels) are named with --without. The working tree must be clean: what is compared is what is committed.
+theirs, and with it the mark that their code has changed. Terms that are known to compute otherwise where these runs do not look
+(in bf16, with more labels) are named with --without. The working tree must be clean: what is compared is what is committed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def main() -> None:
         try:
             before, now = hashes(old, methods), hashes(ROOT, methods)
             stale = {
-                path: kind for path, kind in kinds.items() if rows[path]["code"] == before[kind[1]] != now[kind[1]]
+                path: kind
+                for path, kind in kinds.items()
+                if rows[path]["code"] == before[kind[1]] != now[kind[1]]
+                and not changed.intersection(parse_method(kind[1]))
             }
             wanted = sorted(set(stale.values()))
             print(f"{len(stale)} rows, {len(wanted)} kinds of run", flush=True)
