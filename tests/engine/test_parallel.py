@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scarceseg.config import Config
-from scarceseg.engine.parallel import GlobalBatchNorm, check_rows, share_statistics
+from scarceseg.engine.parallel import GlobalBatchNorm, check_rows, check_tasks, share_statistics
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
 from scarceseg.networks import build_network
@@ -172,6 +172,33 @@ def test_bad_input_is_told_once(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert errors.count("error: ") == 1, errors
+
+
+def test_tasks_of_srun_without_torchrun_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_JOB_ID": "12345"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="srun started 4 tasks.* 'srun torchrun --nnodes 1 --nproc-per-node"):
+        train(tiny_config(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_tasks()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    check_tasks()
+
+
+@pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])  # the last two: batch script, interactive shell
+def test_one_process_in_a_job_of_several_tasks_is_one_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str | None
+) -> None:
+    for key, value in {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(key, value)
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert train(tiny_config(data, method="supervised", iterations=1), tmp_path / "run").folder.exists()
 
 
 def test_rows_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,12 @@ from safetensors.torch import load_file
 
 from scarceseg.config import Config
 from scarceseg.data.show import plan_dataset
+from scarceseg.engine import machine as machine_module
 from scarceseg.engine import run as run_module
 from scarceseg.engine.logging import RunLog
+from scarceseg.engine.machine import stop_signals
 from scarceseg.engine.run import _useless, train
+from scarceseg.engine.validation import Validation
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
 from scarceseg.methods import build_terms
 from scarceseg.methods.models import settle_foundations
@@ -166,6 +171,57 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 130
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
     assert state["iteration"] == lines(tmp_path / "run")[-1]["iteration"] + 1
+
+
+def test_sigterm_may_come_twice_and_a_second_ctrl_c_later_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.5, 11.5])
+    monkeypatch.setattr(machine_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with stop_signals() as stop:
+        assert not stop()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+            assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_sigterm_sent_twice_saves(data: Path, tmp_path: Path) -> None:
+    process = start(data, tmp_path / "run", tmp_path / "cache", 100000)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["iteration"] == lines(tmp_path / "run")[-1]["iteration"] + 1
+
+
+def test_stopped_between_validation_cases_validates_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No case of the second validation is looked at after the request to stop; the resumed run makes up for it."""
+    config = tiny_config(data, val=["case_03", "case_04"], validate_every=2, select="best")
+    train(config, tmp_path / "whole")
+    asked: list[bool] = []
+    original = Validation._dice
+
+    def ask(self: Validation, *values: Any) -> list[float]:
+        asked.append(len(asked) == 2)
+        assert not any(asked[:-1]), "went on with the next case"
+        return original(self, *values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "_dice", ask)
+        patch.setattr(run_module, "stop_signals", lambda: nullcontext(lambda: any(asked)))
+        with pytest.raises(Interrupted, match="after iteration 4 of 6"):
+            train(config, tmp_path / "cut")
+    train(config, tmp_path / "cut", resume=True)
+    kept = [[e for e in lines(tmp_path / run) if e["stage"] == "validation"] for run in ("whole", "cut")]
+    assert kept[0] == kept[1] and len(kept[0]) == 3
+    assert same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_hidden_labels_are_never_opened(tmp_path: Path) -> None:

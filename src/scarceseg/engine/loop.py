@@ -43,7 +43,7 @@ class LoopTask:
         checkpoint_every, log_every: iterations.
         memory_format: "contiguous" or "channels_last_3d".
         split: labelled, unlabelled and the terms' own rows go through the student one after the other, see `forward_step`.
-        after_step: called with the number of finished iterations, for validation.
+        after_step: called with the number of finished iterations, for validation; a resumed run calls it again where it starts.
         rounds: iterations before which `on_round` is called with them; no later batch is made before that.
         on_round: makes new fields; called again for the rounds that lie before a resumed iteration.
     """
@@ -195,6 +195,9 @@ class Loop:
         since = time.perf_counter()
         rounds = [number for number in task.rounds if number < task.iterations]
         self._refresh([number for number in rounds if number <= start])
+        if start and task.after_step is not None:
+            task.after_step(start)  # which the run may have been stopped in
+            self.student.train()
         ends = [*(number for number in rounds if number > start), task.iterations]
         with self.log.progress(task.stage, start, task.iterations) as progress:
             for end in ends:

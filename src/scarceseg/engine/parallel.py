@@ -44,6 +44,29 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+NO_STEP = 0xFFFFFFF0
+"""From this number on a SLURM_STEP_ID is none of ``srun``'s: the batch script, an interactive shell."""
+
+
+def check_tasks() -> None:
+    """Refuse several tasks of ``srun`` that know nothing of each other: each would be a run of its own, in one folder.
+
+    Raises:
+        ConfigError: with the way to start them.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+    if "WORLD_SIZE" in os.environ or not (
+        step.isdigit() and int(step) < NO_STEP and tasks.isdigit() and int(tasks) > 1
+    ):
+        return
+    raise ConfigError(
+        f"srun started {tasks} tasks, each of which would train by itself: take one task a node (--ntasks-per-node=1) and let "
+        "torchrun start the processes, as in 'srun torchrun --nnodes 1 --nproc-per-node 4 -m scarceseg train ...' "
+        "(docs/how-to/several-processes.md); if they are runs of their own in folders of their own, unset SLURM_STEP_ID"
+    )
+
+
 def gathered(value: Result) -> list[Result]:
     """The values of all processes, in their order; each waits for the last one.
 

@@ -19,7 +19,7 @@ from scarceseg.engine.folder import given_back, open_run, read_json, timed_stage
 from scarceseg.engine.logging import Display, RunLog, say_warnings
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
-from scarceseg.engine.parallel import check_rows, first_alone, meet, processes, rank, wait
+from scarceseg.engine.parallel import check_rows, check_tasks, first_alone, meet, processes, rank, wait
 from scarceseg.engine.pictures import keep_pool
 from scarceseg.engine.seeds import seed_init
 from scarceseg.engine.statistics import pool_statistics
@@ -63,6 +63,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
         Interrupted: stopped by Ctrl-C or SIGTERM after saving.
     """
     folder = Path(out)
+    check_tasks()
     method_terms = build_terms(config.method, config.terms, classes=2)  # names and options are checked before any work
     meet(uses_cuda(config))
     dataset, split = first_alone(lambda: _data(config))
@@ -247,7 +248,7 @@ def _train_stage(
                         term.refresh(iteration, student, work)
             sampler.set_fields(_fields(work, terms))
 
-        validation = Validation(config, split.val, plan, folder, log, fabric, cache)
+        validation = Validation(config, split.val, plan, folder, log, fabric, cache, stop)
         task = LoopTask(
             stage="train",
             student=student,
