@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scarceseg.config import Config
+from scarceseg.engine import parallel as parallel_module
+from scarceseg.engine import run as run_module
+from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.parallel import GlobalBatchNorm, check_rows, check_tasks, share_statistics
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
@@ -206,6 +209,19 @@ def test_rows_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPatch)
     check_rows(6)
     with pytest.raises(ConfigError, match="a step has 4 rows .* 3 processes cannot share equally: take 6 rows"):
         check_rows(4)
+
+
+@pytest.mark.parametrize(("method", "stage"), [("self-training", "self-training-teacher1"), ("bcp", "bcp-pretrain")])
+def test_rows_of_a_stage_that_cannot_be_shared_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, stage: str
+) -> None:
+    """The four rows of the training can be shared by four processes, the two labelled ones of the stage cannot."""
+    monkeypatch.setattr(run_module, "meet", lambda cuda: None)
+    for module in (workspace_module, parallel_module):
+        monkeypatch.setattr(module, "processes", lambda: 4)
+    with pytest.raises(ConfigError, match=f"in the stage {stage} a step has 2 rows .* 4 processes"):
+        train(tiny_config(data, method=method), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.pt"))
 
 
 def test_shared_statistics_keep_names_parameters_and_evaluation() -> None:

@@ -154,7 +154,7 @@ class RunLog:
             again = {stage: at >= iteration}
             if stage == "train":
                 again["validation"] = at > iteration
-            if again.get(entry.get("stage"), False):
+            if again.get(str(entry.get("stage")), False):
                 continue
             kept.append(line)
         write_text(self.path, "".join(f"{line}\n" for line in kept))

@@ -85,8 +85,12 @@ def gathered(value: Result) -> list[Result]:
     return values
 
 
-def check_rows(rows: int) -> None:
+def check_rows(rows: int, stage: str = "") -> None:
     """Refuse a step whose rows the processes cannot share equally.
+
+    Args:
+        rows: of the step.
+        stage: it belongs to, when it is not the training of the run.
 
     Raises:
         ConfigError: with the next numbers of rows that they can.
@@ -94,9 +98,9 @@ def check_rows(rows: int) -> None:
     if rows % processes():
         fit = -(-rows // processes()) * processes()
         raise ConfigError(
-            f"a step has {rows} rows (batch_labeled, and batch_unlabeled where a term reads such rows; each of the two with "
-            f"batch_norm: split), which {processes()} processes cannot share equally: take {fit} rows, or another number of "
-            "processes"
+            f"{f'in the stage {stage} ' if stage else ''}a step has {rows} rows (batch_labeled, and batch_unlabeled where a "
+            f"term reads such rows; each of the two with batch_norm: split), which {processes()} processes cannot share "
+            f"equally: take {fit} rows, or another number of processes"
         )
 
 
