@@ -36,7 +36,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_dataset(tmp_path_factory.mktemp("data"))
 
 
-def launch(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
+def launch(
+    *arguments: str | Path, cache: Path, program: tuple[str, ...] = ("-m", "scarceseg")
+) -> subprocess.Popen[str]:
     """What a user types, with two processes."""
     command = [
         sys.executable,
@@ -45,8 +47,7 @@ def launch(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
         "--standalone",
         "--nproc-per-node",
         "2",
-        "-m",
-        "scarceseg",
+        *program,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SCARCESEG_CACHE": str(cache)}
     return subprocess.Popen(
@@ -142,6 +143,31 @@ def test_the_pool_is_labelled_and_a_folder_predicted_in_shares(data: Path, tmp_p
     assert process.returncode != 0
     assert errors.count("error: 1 of 2 cases failed (the other 1 are in") == 1, errors
     assert sorted(path.name for path in (tmp_path / "rest").iterdir()) == ["b.nii.gz"]
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from scarceseg import predict, train
+from scarceseg.config import Config
+
+here = Path(sys.argv[1])
+result = train(Config.load(here / "c.yaml"), here / "run")
+predict(here / "run", [sys.argv[2]], here / "masks", device="cpu")
+(here / f"evaluation{os.environ['RANK']}.txt").write_text(repr(result))
+"""
+
+
+def test_every_process_has_the_model_and_the_result_when_train_returns(data: Path, tmp_path: Path) -> None:
+    config = without_chance(data, "supervised", iterations=1, val=["case_04"])
+    (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    process = launch(tmp_path, data / "imagesTr", cache=tmp_path / "cache", program=(str(tmp_path / "script.py"),))
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    first, second = ((tmp_path / f"evaluation{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second and "'dice'" in first
+    assert len(list((tmp_path / "masks").iterdir())) == 5
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc, which only Linux has")

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from scarceseg.engine.seeds import rng
-from scarceseg.errors import ConfigError, RunError, ScarceSegError
+from scarceseg.errors import ConfigError, Interrupted, RunError, ScarceSegError
 
 Result = TypeVar("Result")
 
@@ -76,12 +77,8 @@ def gathered(value: Result) -> list[Result]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * processes()
-    try:
+    with _told_when_lost():
         dist.all_gather_object(values, value)
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise RunError("another process has ended early; start again, what was written is kept") from None
     return values
 
 
@@ -127,26 +124,35 @@ def meet(cuda: bool, patience: timedelta = timedelta(hours=2)) -> None:
         ) from None
 
 
-def first_alone(work: Callable[[], Result]) -> Result:
+def first_alone(work: Callable[[], Result], patience: timedelta | None = None) -> Result:
     """Do something in the first process alone; all get its result, or its error.
+
+    Args:
+        work: what it does.
+        patience: how long the others wait; None is as long as in `meet`.
 
     Raises:
         ScarceSegError: the first process's own; in the others it is marked as told.
+        Interrupted: the first process was stopped.
+        RunError: it has ended otherwise.
     """
     if not dist.is_initialized():
         return work()
+    group = None if patience is None else dist.new_group(timeout=patience, backend="gloo")
     box: list[Any] = [None, None]
-    error: ScarceSegError | None = None
+    error: ScarceSegError | Interrupted | None = None
     if rank() == 0:
         try:
             box[0] = work()
-        except ScarceSegError as caught:
+        except (ScarceSegError, Interrupted) as caught:
             error = box[1] = caught
-    dist.broadcast_object_list(box)
+    with _told_when_lost():
+        dist.broadcast_object_list(box, group=group)
     if error is not None:
         raise error
     if box[1] is not None:
-        box[1].told = True  # by the first process
+        if isinstance(box[1], ScarceSegError):
+            box[1].told = True  # by the first process
         raise box[1]
     result: Result = box[0]
     return result
@@ -173,6 +179,16 @@ def is_lost(error: RuntimeError) -> bool:
     return dist.is_initialized() and (
         isinstance(error, dist.DistBackendError) or "onnection" in words or "gloo" in words
     )
+
+
+@contextmanager
+def _told_when_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise RunError("another process has ended early; start again, what was written is kept") from None
 
 
 class Gather(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from scarceseg.methods.base import Term, build_terms
 from scarceseg.methods.models import foundation_models, settle_foundations
 from scarceseg.networks.base import Sides, build_network, sides_of
 from scarceseg.report import build_report
+
+FINISHING = timedelta(days=7)
+"""How long other processes wait for the first one to measure the model."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,15 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
             terms = _terms(config, method_terms, split, plan, warnings)
             say_warnings(warnings)
             cases = _prepared(split, plan, cache, stop)
-        _train_stage(config, folder, split, plan, cases, terms, stop, cache, warnings)
-        if rank() > 0:
-            return RunResult(folder, None, ())
-        write_json(folder / "warnings.json", warnings)
-        build_report(folder)
-    evaluation = read_json(folder / "evaluation.json", None)
-    return RunResult(folder, evaluation, tuple(warnings))
+        finish_run = _train_stage(config, folder, split, plan, cases, terms, stop, cache, warnings)
+
+        def result() -> RunResult:
+            finish_run()
+            write_json(folder / "warnings.json", warnings)
+            build_report(folder)
+            return RunResult(folder, read_json(folder / "evaluation.json", None), tuple(warnings))
+
+        return first_alone(result, FINISHING)  # the others wait for the model, and have the result too
 
 
 def _data(config: Config) -> tuple[Dataset, Split]:
@@ -197,7 +203,8 @@ def _train_stage(
     stop: Callable[[], bool],
     cache: Path | None,
     warnings: list[str],
-) -> None:
+) -> Callable[[], None]:
+    """Run the stages and the training; what it returns makes and measures the model, in the first process alone."""
     rows = [config.batch_labeled]
     if split.unlabelled and _needs_unlabelled(terms):
         rows.append(config.batch_unlabeled)
@@ -268,31 +275,34 @@ def _train_stage(
         )
         with timed_stage(folder, "train"):
             Loop(task, fabric, log, stop).run()
-    if not fabric.is_global_zero:
-        return
-    validation.load_best(student)
-    if config.takes_pool_statistics:
-        trained, student = student, work.build_student("statistics")  # its batch norms belong to this process alone
-        student.load_state_dict(trained.state_dict())
-        with timed_stage(folder, "statistics"):
-            pool_statistics(student, work)
-    summary = {
-        "method": config.method,
-        "labelled": len(split.labelled),
-        "unlabelled": len(split.unlabelled),
-        "iterations": config.iterations,
-        "seed": config.seed,
-        "precision": precision,
-        "augment": config.augment,
-    }
-    save_model(folder, student, config.network, plan, summary)
-    with timed_stage(folder, "validate"):
-        if broken := finish(folder, split, config.device, stop):
-            warnings.append(
-                f"the network's output is not a number everywhere for {', '.join(broken)}: look at their intensities beside "
-                "those of the other volumes, or train with --precision fp32"
-            )
-        keep_pool(work, terms)
+
+    def finish_run() -> None:
+        validation.load_best(student)
+        network = student
+        if config.takes_pool_statistics:
+            network = work.build_student("statistics")  # its batch norms belong to this process alone
+            network.load_state_dict(student.state_dict())
+            with timed_stage(folder, "statistics"):
+                pool_statistics(network, work)
+        summary = {
+            "method": config.method,
+            "labelled": len(split.labelled),
+            "unlabelled": len(split.unlabelled),
+            "iterations": config.iterations,
+            "seed": config.seed,
+            "precision": precision,
+            "augment": config.augment,
+        }
+        save_model(folder, network, config.network, plan, summary)
+        with timed_stage(folder, "validate"):
+            if broken := finish(folder, split, config.device, stop):
+                warnings.append(
+                    f"the network's output is not a number everywhere for {', '.join(broken)}: look at their intensities beside "
+                    "those of the other volumes, or train with --precision fp32"
+                )
+            keep_pool(work, terms)
+
+    return finish_run
 
 
 def _offline_stage(work: Workspace, name: str, term: Term, stage: str) -> None:
