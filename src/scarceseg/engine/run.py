@@ -29,7 +29,7 @@ from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import ConfigError, Interrupted, RunError
 from scarceseg.foundation.load import check_foundation
 from scarceseg.inference.predictor import save_model
-from scarceseg.methods.base import Term, build_terms
+from scarceseg.methods.base import Term, build_terms, check_options
 from scarceseg.methods.models import foundation_models, settle_foundations
 from scarceseg.networks.base import Sides, build_network, sides_of
 from scarceseg.report import build_report
@@ -68,14 +68,15 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
     """
     folder = Path(out)
     check_tasks()
-    method_terms = build_terms(config.method, config.terms, classes=2)  # names and options are checked before any work
+    check_options(config.method, config.terms)  # before any work
     meet(uses_cuda(config))
     dataset, split = first_alone(lambda: _data(config))
+    method_terms = build_terms(config.method, config.terms, len(dataset.classes))
     config = settle_foundations(config, len(split.labelled))
     config = config.model_copy(update={"dataset": str(Path(config.dataset).resolve())})
     if config.select == "best" and not split.val:
         raise ConfigError("select: best needs validation cases: name them with --val, or keep select: last")
-    sides = sides_of(config.network.name, config.network.args)
+    sides = sides_of(config.network.name, config.network.args, len(dataset.channels), len(dataset.classes))
     if not (resume and (folder / "config.yaml").exists()):  # a run that goes on may be past the stages that need them
         for name in {name for names in foundation_models(config).values() for name in names}:
             check_foundation(name)
