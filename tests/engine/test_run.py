@@ -19,18 +19,22 @@ import pytest
 import SimpleITK as sitk
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from scarceseg.config import Config
+from scarceseg.config import Config, OptimConfig
 from scarceseg.data.show import plan_dataset
 from scarceseg.engine import machine as machine_module
 from scarceseg.engine import run as run_module
 from scarceseg.engine.logging import RunLog
+from scarceseg.engine.loop import build_optimizer, own_parameters
 from scarceseg.engine.machine import stop_signals
 from scarceseg.engine.run import _useless, train
 from scarceseg.engine.validation import Validation
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
 from scarceseg.methods import build_terms
+from scarceseg.methods.base import METHODS, Term
 from scarceseg.methods.models import settle_foundations
+from scarceseg.types import Step
 from tests.tiny import tiny_config, tiny_dataset
 
 
@@ -370,6 +374,51 @@ def test_without_unlabelled_cases_it_warns_and_trains_supervised(tmp_path: Path)
     folder = tiny_dataset(tmp_path / "data", cases=2)
     result = train(tiny_config(folder, iterations=2), tmp_path / "run")
     assert any("supervised" in warning for warning in result.warnings)
+
+
+def test_a_loss_on_labelled_rows_alone_needs_no_unlabelled_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sharp(Term):
+        reads = frozenset({"labelled"})
+
+        def loss(self, step: Step) -> torch.Tensor:
+            return step.logits_l.square().mean()
+
+    monkeypatch.setitem(METHODS._parts, "sharp", Sharp)
+    folder = tiny_dataset(tmp_path / "data", cases=2)
+    terms = {"sharp": {"weight": 0.5}, "mean-teacher": {"weight": 0.1}}
+    result = train(
+        tiny_config(folder, method="mean-teacher+sharp", terms=terms, iterations=2, batch_norm="joint"),
+        tmp_path / "run",
+    )
+    assert any("training 'supervised+sharp' alone" in warning for warning in result.warnings)
+    assert all(e["loss/sharp"] > 0 and e["weight/sharp"] == 0.5 for e in lines(tmp_path / "run"))
+    result = train(tiny_config(folder, method="sharp", iterations=1), tmp_path / "other")
+    assert not any("alone" in warning for warning in result.warnings)
+
+
+def test_a_term_that_keeps_the_student_does_not_train_it_twice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keeper(Term):
+        def attach(self, student: nn.Module) -> None:
+            self.student = student
+            self.head = nn.Conv3d(1, 1, 1)
+
+        def loss(self, step: Step) -> torch.Tensor:
+            return sum(p.sum() for p in self.head.parameters())  # type: ignore[return-value]
+
+    monkeypatch.setitem(METHODS._parts, "keeper", Keeper)
+    student = nn.Conv3d(1, 2, 1)
+    terms = build_terms("keeper", {}, 2)
+    for term in terms.values():
+        term.attach(student)
+    (group,) = build_optimizer(OptimConfig(), student, terms).param_groups
+    assert [id(p) for p in group["params"]] == [
+        id(p) for p in (*student.parameters(), *terms["keeper"].head.parameters())
+    ]
+    assert own_parameters(student, terms) == list(terms["keeper"].head.parameters())
 
 
 @pytest.mark.parametrize(

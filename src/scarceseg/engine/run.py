@@ -184,14 +184,17 @@ def _plan(
 
 
 def _terms(config: Config, names: dict[str, Term], split: Split, plan: Plan, warnings: list[str]) -> dict[str, Term]:
-    method, options = "+".join(names), config.terms
-    if not split.unlabelled and any("unlabelled" in term.reads for term in names.values()):
+    kept = list(names)
+    if not split.unlabelled:
+        kept = [name for name, term in names.items() if "unlabelled" not in term.reads]
+    if len(kept) < len(names):
         warnings.append(
             f"there is no unlabelled case, so {config.method!r} has nothing to learn from beyond the labels: "
-            "training 'supervised' alone"
+            f"training {'+'.join(kept)!r} alone"
         )
-        method, options = "supervised", {key: value for key, value in options.items() if key == "supervised"}
-    return build_terms(method, options, len(plan.classes))
+    return build_terms(
+        "+".join(kept), {key: value for key, value in config.terms.items() if key in kept}, len(plan.classes)
+    )
 
 
 def _train_stage(
