@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,16 +26,19 @@ from scarceseg.config import Config, OptimConfig
 from scarceseg.data.show import plan_dataset
 from scarceseg.engine import machine as machine_module
 from scarceseg.engine import run as run_module
+from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.logging import RunLog
 from scarceseg.engine.loop import build_optimizer, own_parameters
 from scarceseg.engine.machine import stop_signals
 from scarceseg.engine.run import _useless, train
 from scarceseg.engine.validation import Validation
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
+from scarceseg.foundation.tiny_sam import save_tiny_sam
 from scarceseg.methods import build_terms
 from scarceseg.methods.base import METHODS, Term
-from scarceseg.methods.models import settle_foundations
+from scarceseg.methods.models import settle_foundations, with_places
 from scarceseg.types import Step
+from tests.foundation.small import small_sam
 from tests.tiny import tiny_config, tiny_dataset
 
 
@@ -331,6 +335,62 @@ def test_the_dataset_may_be_named_relative_to_where_the_run_began(
     assert Config.load(tmp_path / "run" / "config.yaml").dataset == str(data.resolve())
     monkeypatch.chdir(tmp_path)
     train(Config.load(tmp_path / "run" / "config.yaml"), tmp_path / "run", resume=True)
+
+
+def test_the_dataset_may_lie_elsewhere_when_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+    """A copy on another disk is known again, another dataset with the same names and sizes is not."""
+    train(tiny_config(data, iterations=1), tmp_path / "run")
+    shutil.copytree(data, tmp_path / "copy")
+    train(tiny_config(tmp_path / "copy", iterations=1), tmp_path / "run", resume=True)
+    other = shutil.copytree(data, tmp_path / "other")
+    for folder in ("imagesTr", "labelsTr"):
+        first, last = sorted((other / folder).iterdir())[2], sorted((other / folder).iterdir())[3]
+        first.write_bytes(last.read_bytes())
+    for _ in range(2):
+        with pytest.raises(RunError, match="the volumes of .*other are not those the run"):
+            train(tiny_config(other, iterations=1), tmp_path / "run", resume=True)
+    (tmp_path / "run" / "fingerprint.json").unlink()  # as of a run of an earlier version
+    with pytest.raises(RunError, match="dataset: "):
+        train(tiny_config(tmp_path / "copy", iterations=1), tmp_path / "run", resume=True)
+    train(tiny_config(data, iterations=1), tmp_path / "run", resume=True)
+
+
+def test_files_may_be_named_relative_to_where_the_run_began(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_sam(tmp_path / "small.safetensors", small_sam())
+    (tmp_path / "elsewhere").mkdir()
+    terms = {"sfr": {"tune_iterations": 1, "foundation": "small.safetensors"}}
+    config = tiny_config(data, method="sfr", iterations=1, foundation="small.safetensors", terms=terms)
+    monkeypatch.chdir(tmp_path)
+    train(config, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saved = Config.load(tmp_path / "run" / "config.yaml")
+    assert saved.foundation == saved.terms["sfr"]["foundation"] == str(tmp_path / "small.safetensors")
+    train(saved, tmp_path / "run", resume=True)
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "run" / "config.yaml", config.dump())  # as earlier versions left it
+    train(config, tmp_path / "run", resume=True)
+    taking = tiny_config(data, method="sfr", iterations=1, terms={"sfr": terms["sfr"] | {"tuned_in": "run"}})
+    train(taking, tmp_path / "second")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(Config.load(tmp_path / "second" / "config.yaml"), tmp_path / "second", resume=True)
+
+
+def test_names_of_models_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny-sam").mkdir()
+    monkeypatch.chdir(tmp_path)
+    terms = {"semisam": {"foundation": ("tiny-sam", "absent.pth")}}
+    config = with_places(tiny_config(tmp_path, method="semisam", foundation="tiny-sam", terms=terms))
+    assert config.foundation == "tiny-sam" and config.terms["semisam"]["foundation"] == ["tiny-sam", "absent.pth"]
+
+
+def test_the_number_of_workers_may_change_when_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+    terms = {"atlas": {"workers": 1, "registration": "affine", "estimate": False}}
+    config = tiny_config(data, method="atlas", terms=terms, iterations=1)
+    train(config, tmp_path / "run")
+    del terms["atlas"]["workers"]
+    train(config.model_copy(update={"terms": terms}), tmp_path / "run", resume=True)
 
 
 def test_more_validation_cases_than_pictures_give_the_same_pictures(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ class Term(nn.Module):
     with the run; what is made offline (pseudo-labels, tuned weights) lies in the folders of its stages. It touches no
     optimiser, loader, logger or device.
 
-    Order of calls: ``prepare`` once for each of its stages, ``initialise`` and ``attach`` once, then in every step
-    ``extra_inputs``, the one forward pass of the student, ``loss``, the update, ``after_update``. Before the iterations
-    that ``rounds`` names, ``refresh`` may make the term's fields anew.
+    Order of calls: ``check`` before any work, ``prepare`` once for each of its stages, ``initialise`` and ``attach`` once,
+    then in every step ``extra_inputs``, the one forward pass of the student, ``loss``, the update, ``after_update``. Before
+    the iterations that ``rounds`` names, ``refresh`` may make the term's fields anew.
 
     Class attributes:
         reads: which rows of the student's output the term looks at, of {"labelled", "unlabelled"}. Unlabelled rows
@@ -113,6 +113,17 @@ class Term(nn.Module):
     def stages(self) -> list[str]:
         """Names of the term's offline stages, in order; each is run once and resumed by its artefact."""
         return []
+
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """Refuse what cannot be, before the stages of any term; called in the first process alone, and changes nothing.
+
+        Args:
+            student: with its first weights.
+            work: the run; of a resumed one, stages may be done already and what they needed gone.
+
+        Raises:
+            ConfigError, DataError, RunError: the run folder is free again.
+        """
 
     def prepare(self, stage: str, work: Workspace) -> None:
         """Run one offline stage and leave its artefact in ``work.folder(self.name, stage)``."""
