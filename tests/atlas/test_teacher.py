@@ -20,8 +20,8 @@ from scarceseg.atlas import (
     copy_labels,
     expected_dice,
     pairs,
+    teacher,
 )
-from scarceseg.atlas import teacher
 from scarceseg.atlas.fuse import fuse
 from scarceseg.atlas.register import register
 from scarceseg.atlas.spread import Spread, at_once, count_workers, free_memory
