@@ -33,14 +33,17 @@ class Registry(Generic[T]):
     def register(self, *names: str) -> Callable[[T], T]:
         """Decorator that enters a part under one or more names.
 
+        A part of the same module and name replaces its former self, as when a cell of a notebook is run again.
+
         Raises:
             ConfigError: a name is taken by another part.
         """
 
         def enter(part: T) -> T:
             for name in names:
-                if self._parts.setdefault(name, part) is not part:
+                if name in self._parts and not _same(self._parts[name], part):
                     raise ConfigError(f"{self.kind} {name!r} is registered twice: rename one of the two")
+            self._parts |= dict.fromkeys(names, part)
             return part
 
         return enter
@@ -70,3 +73,11 @@ class Registry(Generic[T]):
         if name not in self._parts:
             raise ConfigError(f"unknown {self.kind} {name!r}: {near_matches(name, self._parts)}")
         return self._parts[name]
+
+
+def _same(old: object, new: object) -> bool:
+    """Whether two parts are one, or one and its later definition."""
+    if old is new:
+        return True
+    was, now = ((getattr(part, "__module__", None), getattr(part, "__qualname__", None)) for part in (old, new))
+    return was == now and None not in now

@@ -20,10 +20,11 @@ from scarceseg.atlas import (
     copy_labels,
     expected_dice,
     pairs,
+    teacher,
 )
 from scarceseg.atlas.fuse import fuse
 from scarceseg.atlas.register import register
-from scarceseg.atlas.spread import Spread, at_once, count_workers
+from scarceseg.atlas.spread import Spread, at_once, count_workers, free_memory
 from scarceseg.atlas.teacher import class_dice
 from scarceseg.atlas.warp import copy_label, warp_image, warp_label
 from scarceseg.data.prepare import PreparedCase
@@ -265,3 +266,56 @@ def test_workers_default_to_the_cores_at_hand() -> None:
     assert count_workers(None) >= 1
     assert count_workers(0) == 1
     assert count_workers(3) == 3
+
+
+def test_processes_beside_this_one_share_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert count_workers(None) == 12
+    for beside, share in (("4", 3), ("99", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+        assert count_workers(None) == share and count_workers(5) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert at_once(100, memory=1000) == 2
+
+
+def written(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_the_memory_of_a_container_or_job_is_the_limit(tmp_path: Path) -> None:
+    """Of nested groups the one with the least left counts; copies of files that can be dropped are free."""
+    free = {"meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"}
+    two = written(tmp_path / "proc2", free | {"self/cgroup": "0::/job/step\n"})
+    job = {"memory.max": "5000000\n", "memory.current": "3000000\n", "memory.stat": "anon 7\ninactive_file 500\n"}
+    groups = written(tmp_path / "two", {f"job/{name}": text for name, text in job.items()})
+    written(groups, {"job/step/memory.max": "max\n", "job/step/memory.current": "3000\n"})
+    assert free_memory(two, groups) == 2_000_500
+    one = written(tmp_path / "proc1", free | {"self/cgroup": "5:cpu:/a\n4:memory:/a\n"})
+    groups = written(
+        tmp_path / "one", {"memory/memory.limit_in_bytes": str(2**62), "memory/memory.usage_in_bytes": "9"}
+    )
+    assert free_memory(one, groups) == 8000 * 1024
+    step = {"memory.limit_in_bytes": "900", "memory.usage_in_bytes": "800", "memory.stat": "total_inactive_file 50\n"}
+    assert free_memory(one, written(groups, {f"memory/a/{name}": text for name, text in step.items()})) == 150
+    assert free_memory(tmp_path / "none", tmp_path / "none") is None
+
+
+def test_registrations_wait_for_each_other_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, kept = [], []
+    original = Spread.run
+
+    def run(self: Spread, function: Any, jobs: Any, is_done: Any, text: Any, most: int | None = None) -> None:
+        kept.append(most)
+        original(self, function, jobs, is_done, text, most)
+
+    monkeypatch.setattr(Spread, "run", run)
+    monkeypatch.setattr(teacher, "at_once", lambda largest: asked.append(largest) or 1)
+    list(atlas_labels(TARGETS[:1], ATLASES[:2], 3, FAST, workers=4, cache=tmp_path))
+    assert kept == [1, 1]  # one at a time, so that no process is needed
+    assert 200 * 2**20 < asked[0] < asked[1] < 300 * 2**20

@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scarceseg.config import Config
-from scarceseg.engine.parallel import GlobalBatchNorm, check_rows, share_statistics
+from scarceseg.engine import parallel as parallel_module
+from scarceseg.engine import run as run_module
+from scarceseg.engine import workspace as workspace_module
+from scarceseg.engine.parallel import GlobalBatchNorm, check_rows, check_tasks, share_statistics
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
 from scarceseg.networks import build_network
@@ -33,7 +36,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_dataset(tmp_path_factory.mktemp("data"))
 
 
-def launch(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
+def launch(
+    *arguments: str | Path, cache: Path, program: tuple[str, ...] = ("-m", "scarceseg")
+) -> subprocess.Popen[str]:
     """What a user types, with two processes."""
     command = [
         sys.executable,
@@ -42,8 +47,7 @@ def launch(*arguments: str | Path, cache: Path) -> subprocess.Popen[str]:
         "--standalone",
         "--nproc-per-node",
         "2",
-        "-m",
-        "scarceseg",
+        *program,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SCARCESEG_CACHE": str(cache)}
     return subprocess.Popen(
@@ -141,6 +145,31 @@ def test_the_pool_is_labelled_and_a_folder_predicted_in_shares(data: Path, tmp_p
     assert sorted(path.name for path in (tmp_path / "rest").iterdir()) == ["b.nii.gz"]
 
 
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from scarceseg import predict, train
+from scarceseg.config import Config
+
+here = Path(sys.argv[1])
+result = train(Config.load(here / "c.yaml"), here / "run")
+predict(here / "run", [sys.argv[2]], here / "masks", device="cpu")
+(here / f"evaluation{os.environ['RANK']}.txt").write_text(repr(result))
+"""
+
+
+def test_every_process_has_the_model_and_the_result_when_train_returns(data: Path, tmp_path: Path) -> None:
+    config = without_chance(data, "supervised", iterations=1, val=["case_04"])
+    (tmp_path / "c.yaml").write_text(config.dump(), encoding="utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    process = launch(tmp_path, data / "imagesTr", cache=tmp_path / "cache", program=(str(tmp_path / "script.py"),))
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    first, second = ((tmp_path / f"evaluation{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second and "'dice'" in first
+    assert len(list((tmp_path / "masks").iterdir())) == 5
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc, which only Linux has")
 def test_a_killed_worker_ends_the_job_and_resume_goes_on(data: Path, tmp_path: Path) -> None:
     config = without_chance(data, "mean-teacher", iterations=4000)
@@ -174,11 +203,51 @@ def test_bad_input_is_told_once(tmp_path: Path) -> None:
     assert errors.count("error: ") == 1, errors
 
 
+def test_tasks_of_srun_without_torchrun_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_JOB_ID": "12345"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="srun started 4 tasks.* 'srun torchrun --nnodes 1 --nproc-per-node"):
+        train(tiny_config(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_tasks()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    check_tasks()
+
+
+@pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])  # the last two: batch script, interactive shell
+def test_one_process_in_a_job_of_several_tasks_is_one_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str | None
+) -> None:
+    for key, value in {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(key, value)
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert train(tiny_config(data, method="supervised", iterations=1), tmp_path / "run").folder.exists()
+
+
 def test_rows_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     check_rows(6)
     with pytest.raises(ConfigError, match="a step has 4 rows .* 3 processes cannot share equally: take 6 rows"):
         check_rows(4)
+
+
+@pytest.mark.parametrize(("method", "stage"), [("self-training", "self-training-teacher1"), ("bcp", "bcp-pretrain")])
+def test_rows_of_a_stage_that_cannot_be_shared_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, stage: str
+) -> None:
+    """The four rows of the training can be shared by four processes, the two labelled ones of the stage cannot."""
+    monkeypatch.setattr(run_module, "meet", lambda cuda: None)
+    for module in (workspace_module, parallel_module):
+        monkeypatch.setattr(module, "processes", lambda: 4)
+    with pytest.raises(ConfigError, match=f"in the stage {stage} a step has 2 rows .* 4 processes"):
+        train(tiny_config(data, method=method), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.pt"))
 
 
 def test_shared_statistics_keep_names_parameters_and_evaluation() -> None:

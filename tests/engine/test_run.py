@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +20,25 @@ import pytest
 import SimpleITK as sitk
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from scarceseg.config import Config
+from scarceseg.config import Config, OptimConfig
 from scarceseg.data.show import plan_dataset
+from scarceseg.engine import machine as machine_module
 from scarceseg.engine import run as run_module
+from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.logging import RunLog
+from scarceseg.engine.loop import build_optimizer, own_parameters
+from scarceseg.engine.machine import stop_signals
 from scarceseg.engine.run import _useless, train
+from scarceseg.engine.validation import Validation
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
+from scarceseg.foundation.tiny_sam import save_tiny_sam
 from scarceseg.methods import build_terms
-from scarceseg.methods.models import settle_foundations
+from scarceseg.methods.base import METHODS, Term
+from scarceseg.methods.models import settle_foundations, with_places
+from scarceseg.types import Step
+from tests.foundation.small import small_sam
 from tests.tiny import tiny_config, tiny_dataset
 
 
@@ -168,6 +181,57 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     assert state["iteration"] == lines(tmp_path / "run")[-1]["iteration"] + 1
 
 
+def test_sigterm_may_come_twice_and_a_second_ctrl_c_later_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.5, 11.5])
+    monkeypatch.setattr(machine_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with stop_signals() as stop:
+        assert not stop()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+            assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_sigterm_sent_twice_saves(data: Path, tmp_path: Path) -> None:
+    process = start(data, tmp_path / "run", tmp_path / "cache", 100000)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["iteration"] == lines(tmp_path / "run")[-1]["iteration"] + 1
+
+
+def test_stopped_between_validation_cases_validates_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No case of the second validation is looked at after the request to stop; the resumed run makes up for it."""
+    config = tiny_config(data, val=["case_03", "case_04"], validate_every=2, select="best")
+    train(config, tmp_path / "whole")
+    asked: list[bool] = []
+    original = Validation._dice
+
+    def ask(self: Validation, *values: Any) -> list[float]:
+        asked.append(len(asked) == 2)
+        assert not any(asked[:-1]), "went on with the next case"
+        return original(self, *values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "_dice", ask)
+        patch.setattr(run_module, "stop_signals", lambda: nullcontext(lambda: any(asked)))
+        with pytest.raises(Interrupted, match="after iteration 4 of 6"):
+            train(config, tmp_path / "cut")
+    train(config, tmp_path / "cut", resume=True)
+    kept = [[e for e in lines(tmp_path / run) if e["stage"] == "validation"] for run in ("whole", "cut")]
+    assert kept[0] == kept[1] and len(kept[0]) == 3
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_hidden_labels_are_never_opened(tmp_path: Path) -> None:
     """With garbage in the place of every label the run must not read, it gives the very same weights and predictions."""
     results = []
@@ -273,6 +337,62 @@ def test_the_dataset_may_be_named_relative_to_where_the_run_began(
     train(Config.load(tmp_path / "run" / "config.yaml"), tmp_path / "run", resume=True)
 
 
+def test_the_dataset_may_lie_elsewhere_when_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+    """A copy on another disk is known again, another dataset with the same names and sizes is not."""
+    train(tiny_config(data, iterations=1), tmp_path / "run")
+    shutil.copytree(data, tmp_path / "copy")
+    train(tiny_config(tmp_path / "copy", iterations=1), tmp_path / "run", resume=True)
+    other = shutil.copytree(data, tmp_path / "other")
+    for folder in ("imagesTr", "labelsTr"):
+        first, last = sorted((other / folder).iterdir())[2], sorted((other / folder).iterdir())[3]
+        first.write_bytes(last.read_bytes())
+    for _ in range(2):
+        with pytest.raises(RunError, match="the volumes of .*other are not those the run"):
+            train(tiny_config(other, iterations=1), tmp_path / "run", resume=True)
+    (tmp_path / "run" / "fingerprint.json").unlink()  # as of a run of an earlier version
+    with pytest.raises(RunError, match="dataset: "):
+        train(tiny_config(tmp_path / "copy", iterations=1), tmp_path / "run", resume=True)
+    train(tiny_config(data, iterations=1), tmp_path / "run", resume=True)
+
+
+def test_files_may_be_named_relative_to_where_the_run_began(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_sam(tmp_path / "small.safetensors", small_sam())
+    (tmp_path / "elsewhere").mkdir()
+    terms = {"sfr": {"tune_iterations": 1, "foundation": "small.safetensors"}}
+    config = tiny_config(data, method="sfr", iterations=1, foundation="small.safetensors", terms=terms)
+    monkeypatch.chdir(tmp_path)
+    train(config, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saved = Config.load(tmp_path / "run" / "config.yaml")
+    assert saved.foundation == saved.terms["sfr"]["foundation"] == str(tmp_path / "small.safetensors")
+    train(saved, tmp_path / "run", resume=True)
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "run" / "config.yaml", config.dump())  # as earlier versions left it
+    train(config, tmp_path / "run", resume=True)
+    taking = tiny_config(data, method="sfr", iterations=1, terms={"sfr": terms["sfr"] | {"tuned_in": "run"}})
+    train(taking, tmp_path / "second")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(Config.load(tmp_path / "second" / "config.yaml"), tmp_path / "second", resume=True)
+
+
+def test_names_of_models_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny-sam").mkdir()
+    monkeypatch.chdir(tmp_path)
+    terms = {"semisam": {"foundation": ("tiny-sam", "absent.pth")}}
+    config = with_places(tiny_config(tmp_path, method="semisam", foundation="tiny-sam", terms=terms))
+    assert config.foundation == "tiny-sam" and config.terms["semisam"]["foundation"] == ["tiny-sam", "absent.pth"]
+
+
+def test_the_number_of_workers_may_change_when_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+    terms = {"atlas": {"workers": 1, "registration": "affine", "estimate": False}}
+    config = tiny_config(data, method="atlas", terms=terms, iterations=1)
+    train(config, tmp_path / "run")
+    del terms["atlas"]["workers"]
+    train(config.model_copy(update={"terms": terms}), tmp_path / "run", resume=True)
+
+
 def test_more_validation_cases_than_pictures_give_the_same_pictures(tmp_path: Path) -> None:
     folder = tiny_dataset(tmp_path / "data", cases=8)
     config = tiny_config(folder, val=[f"case_{i:02d}" for i in range(4, 8)], iterations=1)
@@ -314,6 +434,51 @@ def test_without_unlabelled_cases_it_warns_and_trains_supervised(tmp_path: Path)
     folder = tiny_dataset(tmp_path / "data", cases=2)
     result = train(tiny_config(folder, iterations=2), tmp_path / "run")
     assert any("supervised" in warning for warning in result.warnings)
+
+
+def test_a_loss_on_labelled_rows_alone_needs_no_unlabelled_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sharp(Term):
+        reads = frozenset({"labelled"})
+
+        def loss(self, step: Step) -> torch.Tensor:
+            return step.logits_l.square().mean()
+
+    monkeypatch.setitem(METHODS._parts, "sharp", Sharp)
+    folder = tiny_dataset(tmp_path / "data", cases=2)
+    terms = {"sharp": {"weight": 0.5}, "mean-teacher": {"weight": 0.1}}
+    result = train(
+        tiny_config(folder, method="mean-teacher+sharp", terms=terms, iterations=2, batch_norm="joint"),
+        tmp_path / "run",
+    )
+    assert any("training 'supervised+sharp' alone" in warning for warning in result.warnings)
+    assert all(e["loss/sharp"] > 0 and e["weight/sharp"] == 0.5 for e in lines(tmp_path / "run"))
+    result = train(tiny_config(folder, method="sharp", iterations=1), tmp_path / "other")
+    assert not any("alone" in warning for warning in result.warnings)
+
+
+def test_a_term_that_keeps_the_student_does_not_train_it_twice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keeper(Term):
+        def attach(self, student: nn.Module) -> None:
+            self.student = student
+            self.head = nn.Conv3d(1, 1, 1)
+
+        def loss(self, step: Step) -> torch.Tensor:
+            return sum(p.sum() for p in self.head.parameters())  # type: ignore[return-value]
+
+    monkeypatch.setitem(METHODS._parts, "keeper", Keeper)
+    student = nn.Conv3d(1, 2, 1)
+    terms = build_terms("keeper", {}, 2)
+    for term in terms.values():
+        term.attach(student)
+    (group,) = build_optimizer(OptimConfig(), student, terms).param_groups
+    assert [id(p) for p in group["params"]] == [
+        id(p) for p in (*student.parameters(), *terms["keeper"].head.parameters())
+    ]
+    assert own_parameters(student, terms) == list(terms["keeper"].head.parameters())
 
 
 @pytest.mark.parametrize(

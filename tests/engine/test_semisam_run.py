@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from PIL import Image
 
 from scarceseg.config import Config
 from scarceseg.engine import workspace as workspace_module
+from scarceseg.engine.loop import Loop
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, Interrupted
 from scarceseg.foundation.base import Masks
@@ -108,7 +111,42 @@ def test_in_sum_with_sfr_each_takes_its_own_model_built_once(
     monkeypatch.setattr(workspace_module, "load_foundation", spy)
     config = config_of(data, "mean-teacher+sfr+semisam", terms={"sfr": {"tune_iterations": 1}}, iterations=2, labeled=2)
     train(config, tmp_path / "run")
-    assert sorted(built) == sorted([Sfr.foundation, SemiSam.foundation])
+    once = [str(Sfr.foundation), str(SemiSam.foundation)]
+    assert sorted(built) == sorted([*once, once[0]])  # and that of sfr once more, for the report's pictures of mosaics
+
+
+def test_models_that_only_stages_need_do_not_stay_in_memory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: dict[str, list[bool]] = {}
+    built: dict[str, Any] = {}
+    original, step = workspace_module.load_foundation, Loop._step
+
+    def load(name: str, *rest: Any) -> Any:
+        model = original(name, *rest)
+        built[name] = weakref.ref(model)
+        return model
+
+    def spy(self: Loop, batch: Any, iteration: int) -> Any:
+        if self.task.stage == "train":
+            gc.collect()
+            for name, reference in built.items():
+                alive.setdefault(name, []).append(reference() is not None)
+        return step(self, batch, iteration)
+
+    monkeypatch.setattr(workspace_module, "load_foundation", load)
+    monkeypatch.setattr(Loop, "_step", spy)
+    config = config_of(data, "mean-teacher+sfr+semisam", terms={"sfr": {"tune_iterations": 1}}, iterations=2, labeled=2)
+    train(config, tmp_path / "run")
+    assert alive == {str(Sfr.foundation): [False, False], str(SemiSam.foundation): [True, True]}
+
+
+def test_what_semisam_refuses_is_refused_before_the_stages_of_others(data: Path, tmp_path: Path) -> None:
+    config = config_of(data, "sfr+semisam", semisam={"channel": 3}, terms={"sfr": {"tune_iterations": 1}})
+    with pytest.raises(ConfigError, match="channel"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
+    train(config_of(data, "sfr+semisam", terms={"sfr": {"tune_iterations": 1}}, iterations=1), tmp_path / "run")
 
 
 def test_several_models(data: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from scarceseg.data import sampling as sampling_module
 from scarceseg.data import whole as whole_module
 from scarceseg.data.whole import CurvedSlices
+from scarceseg.engine import run as run_module
 from scarceseg.engine import selftest as selftest_module
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
@@ -26,6 +27,7 @@ from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
 from scarceseg.foundation.tiny_sam3d_tuned import TinySam3DModel, TunedTinySam3D
 from scarceseg.functional.pseudo import pseudo_label_loss, soft_label_loss
 from scarceseg.methods import fine_tuning as fine_tuning_module
+from scarceseg.methods.copy_mask import CopyMask as Copy
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
 from scarceseg.methods.sfr import Sfr, SfrOptions
@@ -45,6 +47,10 @@ QUICK: dict[str, dict[str, Any]] = {
     "atlas": {"atlas": {"workers": 1, "registration": "affine"}},
     "self-training": {"self-training": {"rounds": 2, "teacher_iterations": 3}},
 }
+
+
+FLAT = {"name": "SegResNet", "args": {"init_filters": 4, "blocks_down": [1], "blocks_up": [], "norm": "instance"}}
+"""A network that shows no halves."""
 
 
 @pytest.fixture(scope="module")
@@ -635,6 +641,52 @@ def test_bad_settings_are_told_in_one_message(data: Path, tmp_path: Path) -> Non
         train(tiny_config(data, method="sfr", foundation="tiny-samm"), tmp_path / "b")
     with pytest.raises(ConfigError, match="axes"):
         train(tiny_config(data, method="sfr", terms={"sfr": {"axes": [3]}}), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "words"),
+    [
+        ("copy+mean-teacher+sfr+urpc", {"network": FLAT}, "urpc works on the features between encoder and decoder"),
+        ("copy+cct", {"network": FLAT}, "cct works on the features"),
+        ("copy+magicnet", {"network": FLAT}, "magicnet works on the features"),
+        ("copy+magicnet", {}, "a patch of 16x16x16 .* is not cut at all"),
+        ("copy+urpc", {"terms": {"urpc": {"scales": 9}}}, "scales is at most 4"),
+        ("copy+sfr", {"terms": {"sfr": {"labels": "crop"}}}, "whole volumes"),
+        ("copy+sfr", {"terms": {"sfr": {"learn_from": "mean-teacher"}}}, "learn_from: expected a term"),
+        ("copy+sfr", {"terms": {"sfr": {"view": "patch"}}}, "can only be tuned on a volume at a time"),
+        ("copy+sfr", {"terms": {"sfr": {"tuned_in": "nowhere"}}}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_stages_of_any_term(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, changed: dict[str, Any], words: str
+) -> None:
+    """The folder is free for the corrected command."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a stage was run")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_offline_stage", never)
+        with pytest.raises((ConfigError, RunError), match=words):
+            train(tiny_config(data, method=method, **changed), tmp_path / "run")
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    train(tiny_config(data, method="copy", iterations=1), tmp_path / "run")
+
+
+def test_a_run_that_goes_on_is_checked_but_not_given_back(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data, method="copy", iterations=1)
+    train(config, tmp_path / "run")
+
+    def refuse(self: Any, student: Any, work: Any) -> None:
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(Copy, "check", refuse)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="not today"):
+        train(config, tmp_path / "run", resume=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_sum_may_end_with_sfr_plus(data: Path) -> None:

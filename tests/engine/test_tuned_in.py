@@ -10,7 +10,9 @@ import pytest
 
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError, RunError
+from scarceseg.foundation.base import Tunable
 from scarceseg.methods.fine_tuning import TunedTeacher
+from scarceseg.methods.tuned_in import tuning_settings
 from tests.engine.test_run import same
 from tests.tiny import tiny_config, tiny_dataset
 
@@ -81,6 +83,41 @@ def test_a_model_tuned_otherwise_is_refused(
     with pytest.raises(ConfigError, match=f"tuned with {words}"):
         train(tiny_config(data, **{"method": "mean-teacher+sfr", "terms": terms} | settings), tmp_path / "second")
     assert not (tmp_path / "second" / "model.safetensors").exists()
+
+
+def test_settings_left_open_are_those_that_are_then_taken(data: Path, tmp_path: Path) -> None:
+    """What another run wrote out may be left to its default here, and the other way round."""
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("open", {"view": "volume", "tune_lr": 0.004}, {"rank": 16}),
+        ("learnt", {"learn_from": "atlas"}, {"learn_from": "atlas"}),
+    ]
+    for name, then, now in cases:
+        method = "atlas+sfr" if name == "learnt" else "sfr"
+        atlas = {"registration": "affine", "workers": 1}
+        written = (
+            [{"atlas": atlas}, {"atlas": atlas | {"workers": 2, "fusion": "joint"}}] if name == "learnt" else [{}, {}]
+        )
+        first, second = (
+            tiny_config(data, method=method, terms={"sfr": TUNING | options} | others, iterations=1)
+            for options, others in zip((then, now), written, strict=True)
+        )
+        train(first, tmp_path / name, cache=tmp_path / "cache")
+        second.terms["sfr"]["tuned_in"] = str(tmp_path / name)
+        train(second, tmp_path / f"{name}-again", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("written", "iterations", "alike"), [(300, 6, True), (6, 6, False), (299, 6, False)])
+def test_steps_left_open_are_300_on_whole_volumes(data: Path, written: int, iterations: int, alike: bool) -> None:
+    class Whole(Tunable):
+        sees = "volume"
+
+        def tunable(self, *_: Any) -> Any: ...
+
+    left, set_ = (
+        tuning_settings(tiny_config(data, method="sfr", iterations=iterations, terms={"sfr": options}), "sfr", Whole())
+        for options in ({}, {"tune_iterations": written})
+    )
+    assert (left == set_) is alike
 
 
 def test_patches_of_the_tuning_may_have_an_augmentation_of_their_own(data: Path, tmp_path: Path) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from scarceseg.data.show import plan_dataset
 from scarceseg.engine.ema import EmaTeacher
+from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
 from scarceseg.methods import build_terms, parse_method
+from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.mean_teacher import MeanTeacher
+from scarceseg.methods.supervised import Supervised
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.reference import losses as oracle
+from tests.tiny import tiny_config, tiny_dataset
 
 
 class Scripted(nn.Module):
@@ -144,3 +151,15 @@ def test_weights_belong_to_the_recipe() -> None:
     assert term.weight(0, 10) == 0.5
     ramped = build_terms("mean-teacher", {}, 2)["mean-teacher"]
     assert ramped.weight(0, 6000) < ramped.weight(3000, 6000) < ramped.weight(5999, 6000) <= 0.1
+
+
+def test_an_own_term_may_ask_for_a_number_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Several(Supervised):
+        def __init__(self, options: TermOptions, classes: int) -> None:
+            super().__init__(options, classes)
+            assert classes == 4
+
+    monkeypatch.setitem(METHODS._parts, "several", Several)
+    config = tiny_config(tiny_dataset(tmp_path / "data", classes=4), method="several", iterations=1)
+    plan_dataset(config)
+    assert train(config, tmp_path / "run").folder.exists()

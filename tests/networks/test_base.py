@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from scarceseg.data.show import plan_dataset
+from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
-from scarceseg.networks import NETWORKS, build_network, divisor_of
-from scarceseg.networks.base import EncoderDecoder, channels_of
+from scarceseg.networks import NETWORKS, SegmentationNetwork, build_network, divisor_of
+from scarceseg.networks.base import EncoderDecoder, channels_of, sides_of
+from tests.tiny import tiny_config, tiny_dataset
 
 
 def test_known_names() -> None:
@@ -63,3 +68,33 @@ def test_channels_of_both_halves_are_found_without_a_trace(name: str, args: dict
     assert channels_of(network) == ([2, 4, 8, 16, 32], [2, 4, 8, 16])
     assert all(torch.equal(weights[key], value) for key, value in network.state_dict().items())
     assert torch.equal(random, torch.get_rng_state()) and all(part.training for part in network.modules())
+
+
+def test_own_networks_may_read_values_and_need_the_channels_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(channels: int, classes: int) -> SegmentationNetwork:
+        assert (channels, classes) == (2, 3)
+        rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]  # what the meta device cannot do
+        return build_network("vnet", channels, classes, {"n_filters": len(rates)})
+
+    monkeypatch.setitem(NETWORKS._parts, "own", build)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert sides_of("own", None, 2, 3).divisor == (16, 16, 16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_asks_a_network_with_its_own_channels_and_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def build(channels: int, classes: int) -> SegmentationNetwork:
+        seen.add((channels, classes))
+        return build_network("vnet", channels, classes, {"n_filters": 1})
+
+    monkeypatch.setitem(NETWORKS._parts, "own", build)
+    data = tiny_dataset(tmp_path / "data", classes=3, channels=2)
+    config = tiny_config(data, method="supervised", iterations=1, network={"name": "own"})
+    plan_dataset(config)
+    train(config, tmp_path / "run")
+    assert seen == {(2, 3)}

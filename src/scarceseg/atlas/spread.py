@@ -23,33 +23,61 @@ Progress = Callable[[int, int, str], None]
 
 
 def count_workers(workers: int | None) -> int:
-    """`workers`, or the number of cores this process may use."""
+    """`workers`, or this process's share of the cores it may use, others being for those that ``torchrun`` started beside it."""
     if workers is not None:
         return max(workers, 1)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // _beside(), 1)
 
 
 def at_once(largest: float, memory: int | None = None) -> int | None:
     """How many jobs of `largest` bytes fit into the free memory, one at least; None where the system does not tell.
 
-    It is shared with the other processes that ``torchrun`` started here. Limits of a container are not seen.
+    It is shared with the other processes that ``torchrun`` started here.
 
     Args:
         largest: bytes of a job.
         memory: free bytes; None asks the system.
     """
     if memory is None:
-        try:
-            text = Path("/proc/meminfo").read_text(encoding="ascii")
-        except OSError:
-            return None
-        found = re.search(r"^MemAvailable: *(\d+) kB", text, flags=re.MULTILINE)
-        if found is None:
-            return None
-        memory = 1024 * int(found[1])
-    return max(int(memory // largest // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), 1)
+        memory = free_memory()
+    return None if memory is None else max(int(memory // largest // _beside()), 1)
+
+
+def _beside() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process and those it starts may still take: of the machine, or of the container or job it is in.
+
+    Args:
+        proc, groups: where Linux tells of processes and of their groups, which have limits.
+    """
+    found = re.search(r"^MemAvailable: *(\d+) kB", _text(proc / "meminfo"), flags=re.MULTILINE)
+    free = [1024 * int(found[1])] if found else []
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, kinds, path = line.split(":", 2)
+        if not kinds:
+            root, names = groups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            root, names = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        here = root / path.lstrip("/")
+        for folder in [one for one in (here, *here.parents) if one.is_relative_to(root)]:
+            most, used = (_text(folder / name).strip() for name in names[:2])
+            if most.isdigit() and used.isdigit():  # not "max"
+                kept = re.search(rf"^{names[2]} (\d+)", _text(folder / "memory.stat"), flags=re.MULTILINE)
+                free.append(max(int(most) - int(used) + (int(kept[1]) if kept else 0), 0))  # copies of files can go
+    return min(free, default=None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""
 
 
 class Spread:
@@ -80,11 +108,12 @@ class Spread:
         jobs: Sequence[Job],
         is_done: Callable[[Job], bool],
         text: Callable[[Job], str],
+        most: int | None = None,
     ) -> None:
-        """Do the jobs that are not done yet."""
+        """Do the jobs that are not done yet, at `most` so many at the same time."""
         waiting = [job for job in jobs if not is_done(job)]
         self.done += len(jobs) - len(waiting)
-        for _ in self.results(function, waiting, text):
+        for _ in self.results(function, waiting, text, most):
             pass
 
     def results(

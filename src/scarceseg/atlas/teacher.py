@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from scarceseg.atlas.fuse import Fusion, fuse
-from scarceseg.atlas.pairs import Pair, Scan, aligned, is_kept, kept_alignment, scan_of
+from scarceseg.atlas.pairs import Pair, Scan, aligned, is_kept, kept_alignment, registration_memory, scan_of
 from scarceseg.atlas.register import Registration
 from scarceseg.atlas.spread import Progress, Spread, at_once, count_workers
 from scarceseg.atlas.warp import copy_label, warp_image, warp_label
@@ -204,15 +204,20 @@ def _label_all(
     count = [min(options.max_atlases, len(pairs)) for pairs in first]
     total = sum(map(len, first)) + sum(count) + len(first)
     with Spread(count_workers(workers), total, on_progress) as spread:
-        spread.run(aligned, [pair for pairs in first for pair in pairs], is_kept, _pair_text)
+        _align(spread, [pair for pairs in first for pair in pairs])
         best = [_most_similar(pairs, options) for pairs in first]
-        spread.run(aligned, [pair for pairs in best for pair in pairs], is_kept, _pair_text)
+        _align(spread, [pair for pairs in best for pair in pairs])
         jobs = [
             _Labelling(pairs[0].fixed, tuple((p, labels[p.moving.name]) for p in pairs), classes, options.fusion)
             for pairs in best
         ]
         most = at_once(max(map(_memory, jobs), default=1))
         yield from spread.results(_labelled, jobs, lambda job: job.target.name, most)
+
+
+def _align(spread: Spread, pairs: Sequence[Pair]) -> None:
+    most = at_once(max((registration_memory(p.fixed, p.moving, p.registration) for p in pairs), default=1))
+    spread.run(aligned, pairs, is_kept, _pair_text, most)
 
 
 def _most_similar(pairs: Sequence[Pair], options: AtlasOptions) -> list[Pair]:

@@ -65,6 +65,21 @@ class Fingerprint(BaseModel):
     foreground: list[Intensities] | None
 
 
+def alike(one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether two fingerprints are of the same volumes; intensities may differ by rounding, as between processors."""
+
+    def exact(found: Fingerprint) -> list[Any]:
+        return [(case.name, case.labelled, case.size, case.class_voxels, len(case.intensities)) for case in found.cases]
+
+    def measured(found: Fingerprint) -> list[float]:
+        numbers = [
+            [*case.spacing_mm, *(v for i in case.intensities for v in i.model_dump().values())] for case in found.cases
+        ]
+        return [number for row in numbers for number in row]
+
+    return exact(one) == exact(other) and bool(np.allclose(measured(one), measured(other), 1e-4, 1e-6, equal_nan=True))
+
+
 def fingerprint(dataset: Dataset, split: Split, cache: Path | None = None) -> Fingerprint:
     """Read the images of all training cases, and the labels of the labelled ones only.
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from scarceseg.config import Config
 from scarceseg.data.dataset import load_dataset, make_split
 from scarceseg.data.plan import Plan, fingerprint, make_plan
-from scarceseg.methods.base import build_terms
+from scarceseg.methods.base import check_options
 from scarceseg.networks.base import sides_of
 
 
@@ -21,10 +21,10 @@ def plan_dataset(config: Config) -> Plan:
     Raises:
         DataError, ConfigError: as `train`.
     """
-    build_terms(config.method, config.terms, classes=2)  # names and options are checked, as `train` does
+    check_options(config.method, config.terms)
     dataset = load_dataset(Path(config.dataset))
     split = make_split(dataset, config.labeled, config.val)
-    sides = sides_of(config.network.name, config.network.args)
+    sides = sides_of(config.network.name, config.network.args, len(dataset.channels), len(dataset.classes))
     made = make_plan(fingerprint(dataset, split), dataset, split, config, *sides)
     return made.model_copy(update={"warnings": (*split.warnings, *made.warnings)})
 

@@ -17,9 +17,17 @@ from scarceseg.config import Config
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.parallel import rank
 from scarceseg.errors import RunError, ScarceSegError
+from scarceseg.methods.models import with_places
 
 # Settings that do not change what is computed, only where and how often it is told; but `select: best` chooses among validations.
-FREE = {"device", "checkpoint_every", "log_every", "validate_every"}
+FREE = {"device", "checkpoint_every", "log_every", "validate_every", "terms.atlas.workers"}
+
+FACTS = "fingerprint.json"
+"""What the volumes of a run are like: its dataset may lie elsewhere when it goes on, but has to be the same."""
+
+
+MADE_FIRST = ("config.yaml", "stages.json", FACTS, "plan.json", "split.json", "environment.json")
+"""What is in a run folder before the first stage."""
 
 
 def open_run(folder: Path, config: Config, resume: bool) -> bool:
@@ -44,12 +52,12 @@ def open_run(folder: Path, config: Config, resume: bool) -> bool:
 
 @contextmanager
 def given_back(folder: Path, resumed: bool) -> Iterator[None]:
-    """Leave the folder of a new run free for another try when it is refused inside, before anything is made."""
+    """Leave the folder of a new run free for another try when it is refused inside, before the first stage."""
     try:
         yield
     except ScarceSegError:
         if not resumed and rank() == 0:
-            for name in ("config.yaml", "stages.json"):
+            for name in MADE_FIRST:
                 (folder / name).unlink(missing_ok=True)
         raise
 
@@ -60,14 +68,14 @@ def check_same(old: Config, new: Config, folder: Path) -> None:
     Raises:
         RunError: listing each setting that differs.
     """
-    before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
-    for values in (before, after):
-        values["dataset"] = str(Path(values["dataset"]).resolve())
+    before, after = (_flat(with_places(config).model_dump(mode="json")) for config in (old, new))
     free = FREE - ({"validate_every"} if new.select == "best" else set())
+    if (folder / FACTS).exists():
+        free = free | {"dataset"}  # the volumes themselves are compared
     changed = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[0] not in free
+        if before.get(key) != after.get(key) and key not in free
     ]
     if changed:
         raise RunError(

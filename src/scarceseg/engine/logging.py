@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,17 @@ class RunLog:
         for key, value in values.items():
             self._tensorboard().add_scalar(f"{stage}/{key}", value, iteration)
 
+    def has(self, stage: str, iteration: int) -> bool:
+        """Whether a line of this stage and iteration is there."""
+        if not self.path.exists():
+            return False
+        return any((entry.get("stage"), entry.get("iteration")) == (stage, iteration) for _, entry in self._lines())
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # the last line of a killed process may be cut
+                yield line, json.loads(line)
+
     def picture(self, stage: str, name: str, iteration: int, image: NDArray[Any]) -> None:
         """Keep an RGB picture ``[rows, columns, 3]`` uint8 as ``pictures/<stage>-<name>-<iteration>.png`` and in TensorBoard."""
         if not self.active:
@@ -148,17 +159,13 @@ class RunLog:
         if not self.active or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed process may be cut
+        for line, entry in self._lines():
             at = entry.get("iteration", 0)
             # A validation line carries the number of finished iterations, a training line its iteration.
             again = {stage: at >= iteration}
             if stage == "train":
                 again["validation"] = at > iteration
-            if again.get(entry.get("stage"), False):
+            if again.get(str(entry.get("stage")), False):
                 continue
             kept.append(line)
         write_text(self.path, "".join(f"{line}\n" for line in kept))

@@ -43,7 +43,7 @@ class LoopTask:
         checkpoint_every, log_every: iterations.
         memory_format: "contiguous" or "channels_last_3d".
         split: labelled, unlabelled and the terms' own rows go through the student one after the other, see `forward_step`.
-        after_step: called with the number of finished iterations, for validation.
+        after_step: called with the number of finished iterations, for validation; a resumed run calls it again where it starts.
         rounds: iterations before which `on_round` is called with them; no later batch is made before that.
         on_round: makes new fields; called again for the rounds that lie before a resumed iteration.
     """
@@ -91,11 +91,16 @@ def _schedule(optim: OptimConfig, iteration: int, total: int) -> float:
     return optim.lr
 
 
+def own_parameters(student: nn.Module, terms: Mapping[str, Term]) -> list[nn.Parameter]:
+    """What is trained of the terms, each parameter once, and none that is the student's."""
+    known = {id(p) for p in student.parameters()}
+    own = {id(p): p for term in terms.values() for p in term.trainable_parameters()}
+    return [p for number, p in own.items() if number not in known]
+
+
 def build_optimizer(optim: OptimConfig, student: nn.Module, terms: Mapping[str, Term]) -> torch.optim.Optimizer:
     """Optimiser over the student's parameters and those the terms own."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    for term in terms.values():
-        parameters += list(term.trainable_parameters())
+    parameters = [*(p for p in student.parameters() if p.requires_grad), *own_parameters(student, terms)]
     if optim.name == "adamw":
         return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay)
     return torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
@@ -135,7 +140,7 @@ class Loop:
         for term in task.terms.values():
             term.train()
         self.optimizer = build_optimizer(task.optim, task.student, task.terms)
-        self.own = [p for term in task.terms.values() for p in term.trainable_parameters()]
+        self.own = own_parameters(task.student, task.terms)
         if processes() > 1 and not isinstance(self.student, TunedModel):
             share_statistics(self.student, fabric.device.type == "cuda")
         model, self.wrapped = fabric.setup(as_called(self.student, task.terms), self.optimizer)
@@ -195,6 +200,9 @@ class Loop:
         since = time.perf_counter()
         rounds = [number for number in task.rounds if number < task.iterations]
         self._refresh([number for number in rounds if number <= start])
+        if start and task.after_step is not None:
+            task.after_step(start)  # which the run may have been stopped in
+            self.student.train()
         ends = [*(number for number in rounds if number > start), task.iterations]
         with self.log.progress(task.stage, start, task.iterations) as progress:
             for end in ends:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy
 
 from scarceseg.config import Config
@@ -44,6 +46,8 @@ def make_fabric(config: Config, folder: Path, student: SegmentationNetwork, plan
         # Not every part of a tuned foundation model takes part in every step.
         strategy=DDPStrategy(find_unused_parameters=True) if processes() > 1 else "auto",
         precision="bf16-mixed" if precision == "bf16" else "32-true",
+        # One process is one process, whatever the variables of a SLURM job say of its tasks.
+        plugins=None if processes() > 1 else [LightningEnvironment()],
     )
     fabric.launch()
     return fabric, precision, memory_format
@@ -65,18 +69,29 @@ def _arithmetic(config: Config, folder: Path, student: SegmentationNetwork, plan
     return precision, memory_format
 
 
+PATIENCE = 1.0
+"""Seconds after a Ctrl-C in which another one counts as the same."""
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
+    """Turn Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C, a while later, stops at once.
+
+    SIGTERM never does: ``torchrun`` and SLURM send it more than once within milliseconds, and the state is to be saved.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
 
+    pressed: list[float] = []
+
     def ask(number: int, _: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
         asked.set()
+        if number == signal.SIGINT:
+            pressed.append(time.monotonic())
+            if pressed[-1] - pressed[0] > PATIENCE:
+                raise KeyboardInterrupt
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

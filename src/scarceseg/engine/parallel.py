@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from scarceseg.engine.seeds import rng
-from scarceseg.errors import ConfigError, RunError, ScarceSegError
+from scarceseg.errors import ConfigError, Interrupted, RunError, ScarceSegError
 
 Result = TypeVar("Result")
 
@@ -44,6 +45,29 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+NO_STEP = 0xFFFFFFF0
+"""From this number on a SLURM_STEP_ID is none of ``srun``'s: the batch script, an interactive shell."""
+
+
+def check_tasks() -> None:
+    """Refuse several tasks of ``srun`` that know nothing of each other: each would be a run of its own, in one folder.
+
+    Raises:
+        ConfigError: with the way to start them.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+    if "WORLD_SIZE" in os.environ or not (
+        step.isdigit() and int(step) < NO_STEP and tasks.isdigit() and int(tasks) > 1
+    ):
+        return
+    raise ConfigError(
+        f"srun started {tasks} tasks, each of which would train by itself: take one task a node (--ntasks-per-node=1) and let "
+        "torchrun start the processes, as in 'srun torchrun --nnodes 1 --nproc-per-node 4 -m scarceseg train ...' "
+        "(docs/how-to/several-processes.md); if they are runs of their own in folders of their own, unset SLURM_STEP_ID"
+    )
+
+
 def gathered(value: Result) -> list[Result]:
     """The values of all processes, in their order; each waits for the last one.
 
@@ -53,17 +77,17 @@ def gathered(value: Result) -> list[Result]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * processes()
-    try:
+    with _told_when_lost():
         dist.all_gather_object(values, value)
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise RunError("another process has ended early; start again, what was written is kept") from None
     return values
 
 
-def check_rows(rows: int) -> None:
+def check_rows(rows: int, stage: str = "") -> None:
     """Refuse a step whose rows the processes cannot share equally.
+
+    Args:
+        rows: of the step.
+        stage: it belongs to, when it is not the training of the run.
 
     Raises:
         ConfigError: with the next numbers of rows that they can.
@@ -71,9 +95,9 @@ def check_rows(rows: int) -> None:
     if rows % processes():
         fit = -(-rows // processes()) * processes()
         raise ConfigError(
-            f"a step has {rows} rows (batch_labeled, and batch_unlabeled where a term reads such rows; each of the two with "
-            f"batch_norm: split), which {processes()} processes cannot share equally: take {fit} rows, or another number of "
-            "processes"
+            f"{f'in the stage {stage} ' if stage else ''}a step has {rows} rows (batch_labeled, and batch_unlabeled where a "
+            f"term reads such rows; each of the two with batch_norm: split), which {processes()} processes cannot share "
+            f"equally: take {fit} rows, or another number of processes"
         )
 
 
@@ -100,26 +124,35 @@ def meet(cuda: bool, patience: timedelta = timedelta(hours=2)) -> None:
         ) from None
 
 
-def first_alone(work: Callable[[], Result]) -> Result:
+def first_alone(work: Callable[[], Result], patience: timedelta | None = None) -> Result:
     """Do something in the first process alone; all get its result, or its error.
+
+    Args:
+        work: what it does.
+        patience: how long the others wait; None is as long as in `meet`.
 
     Raises:
         ScarceSegError: the first process's own; in the others it is marked as told.
+        Interrupted: the first process was stopped.
+        RunError: it has ended otherwise.
     """
     if not dist.is_initialized():
         return work()
+    group = None if patience is None else dist.new_group(timeout=patience, backend="gloo")
     box: list[Any] = [None, None]
-    error: ScarceSegError | None = None
+    error: ScarceSegError | Interrupted | None = None
     if rank() == 0:
         try:
             box[0] = work()
-        except ScarceSegError as caught:
+        except (ScarceSegError, Interrupted) as caught:
             error = box[1] = caught
-    dist.broadcast_object_list(box)
+    with _told_when_lost():
+        dist.broadcast_object_list(box, group=group)
     if error is not None:
         raise error
     if box[1] is not None:
-        box[1].told = True  # by the first process
+        if isinstance(box[1], ScarceSegError):
+            box[1].told = True  # by the first process
         raise box[1]
     result: Result = box[0]
     return result
@@ -146,6 +179,16 @@ def is_lost(error: RuntimeError) -> bool:
     return dist.is_initialized() and (
         isinstance(error, dist.DistBackendError) or "onnection" in words or "gloo" in words
     )
+
+
+@contextmanager
+def _told_when_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise RunError("another process has ended early; start again, what was written is kept") from None
 
 
 class Gather(torch.autograd.Function):

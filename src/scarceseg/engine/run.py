@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import torch
 
 from scarceseg.config import Config, Section
 from scarceseg.data.dataset import Dataset, Split, load_dataset, make_split
-from scarceseg.data.plan import Plan, fingerprint, make_plan
+from scarceseg.data.fingerprint import Fingerprint, alike, fingerprint
+from scarceseg.data.plan import Plan, make_plan
 from scarceseg.data.prepare import PreparedCase, prepare_cases
 from scarceseg.engine.checkpoint import write_text
-from scarceseg.engine.folder import given_back, open_run, read_json, timed_stage, write_json
+from scarceseg.engine.folder import FACTS, given_back, open_run, read_json, timed_stage, write_json
 from scarceseg.engine.logging import Display, RunLog, say_warnings
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
-from scarceseg.engine.parallel import check_rows, first_alone, meet, processes, rank, wait
+from scarceseg.engine.parallel import check_rows, check_tasks, first_alone, meet, processes, rank, wait
 from scarceseg.engine.pictures import keep_pool
 from scarceseg.engine.seeds import seed_init
 from scarceseg.engine.validation import Validation, finish
@@ -27,10 +29,13 @@ from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import ConfigError, Interrupted, RunError
 from scarceseg.foundation.load import check_foundation
 from scarceseg.inference.predictor import save_model
-from scarceseg.methods.base import Term, build_terms
-from scarceseg.methods.models import foundation_models, settle_foundations
-from scarceseg.networks.base import Sides, build_network, sides_of
+from scarceseg.methods.base import Term, build_terms, check_options
+from scarceseg.methods.models import foundation_models, settle_foundations, with_places
+from scarceseg.networks.base import SegmentationNetwork, Sides, build_network, require_halves, sides_of
 from scarceseg.report import build_report
+
+FINISHING = timedelta(days=7)
+"""How long other processes wait for the first one to measure the model."""
 
 
 @dataclass(frozen=True)
@@ -62,34 +67,39 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
         Interrupted: stopped by Ctrl-C or SIGTERM after saving.
     """
     folder = Path(out)
-    method_terms = build_terms(config.method, config.terms, classes=2)  # names and options are checked before any work
+    check_tasks()
+    check_options(config.method, config.terms)  # before any work
     meet(uses_cuda(config))
     dataset, split = first_alone(lambda: _data(config))
-    config = settle_foundations(config, len(split.labelled))
-    config = config.model_copy(update={"dataset": str(Path(config.dataset).resolve())})
+    method_terms = build_terms(config.method, config.terms, len(dataset.classes))
+    config = with_places(settle_foundations(config, len(split.labelled)))
     if config.select == "best" and not split.val:
         raise ConfigError("select: best needs validation cases: name them with --val, or keep select: last")
-    sides = sides_of(config.network.name, config.network.args)
+    sides = sides_of(config.network.name, config.network.args, len(dataset.channels), len(dataset.classes))
     if not (resume and (folder / "config.yaml").exists()):  # a run that goes on may be past the stages that need them
         for name in {name for names in foundation_models(config).values() for name in names}:
             check_foundation(name)
     resumed = first_alone(lambda: open_run(folder, config, resume))
     with stop_signals() as stop:
         warnings = [*split.warnings, *_useless(config, method_terms)]
-        with given_back(folder, resumed), timed_stage(folder, "prepare"):
-            plan = first_alone(lambda: _plan(config, dataset, split, folder, sides, resumed, cache))
-        with timed_stage(folder, "prepare"):
-            warnings += plan.warnings
-            terms = _terms(config, method_terms, split, plan, warnings)
-            say_warnings(warnings)
-            cases = _prepared(split, plan, cache, stop)
-        _train_stage(config, folder, split, plan, cases, terms, stop, cache, warnings)
-        if rank() > 0:
-            return RunResult(folder, None, ())
-        write_json(folder / "warnings.json", warnings)
-        build_report(folder)
-    evaluation = read_json(folder / "evaluation.json", None)
-    return RunResult(folder, evaluation, tuple(warnings))
+        with given_back(folder, resumed):
+            with timed_stage(folder, "prepare"):
+                plan = first_alone(lambda: _plan(config, dataset, split, folder, sides, resumed, cache))
+                warnings += plan.warnings
+                terms = _terms(config, method_terms, split, plan, warnings)
+                say_warnings(warnings)
+                cases = _prepared(split, plan, cache, stop)
+            student, work = _workspace(config, folder, split, plan, cases, terms, stop, cache, warnings)
+            first_alone(lambda: _check(terms, student, work))
+        finish_run = _train_stage(student, work, split, terms)
+
+        def result() -> RunResult:
+            finish_run()
+            write_json(folder / "warnings.json", warnings)
+            build_report(folder)
+            return RunResult(folder, read_json(folder / "evaluation.json", None), tuple(warnings))
+
+        return first_alone(result, FINISHING)  # the others wait for the model, and have the result too
 
 
 def _data(config: Config) -> tuple[Dataset, Split]:
@@ -162,30 +172,51 @@ def _plan(
                 f"the cases of {dataset.folder} are not those the run {folder} was started with ({split_file}): "
                 "restore the dataset, or start a new run"
             )
+        if with_places(Config.load(folder / "config.yaml")).dataset != config.dataset:  # moved, or another one
+            _require_same_volumes(fingerprint(dataset, split, cache), dataset, folder)
         try:
             return Plan.model_validate_json(plan_file.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise RunError(
                 f"cannot read {plan_file} ({str(error).splitlines()[0]}): restore it, or start a new run"
             ) from None
-    plan = make_plan(fingerprint(dataset, split, cache), dataset, split, config, *sides)
+    facts = fingerprint(dataset, split, cache)
+    plan = make_plan(facts, dataset, split, config, *sides)
+    write_json(folder / FACTS, facts.model_dump(mode="json"))
     write_json(split_file, split.to_json())
     write_text(plan_file, plan.model_dump_json(indent=1) + "\n")
     return plan
 
 
+def _require_same_volumes(facts: Fingerprint, dataset: Dataset, folder: Path) -> None:
+    try:
+        known = Fingerprint.model_validate(read_json(folder / FACTS, None))
+    except ValueError as error:
+        raise RunError(
+            f"cannot read {folder / FACTS} ({str(error).splitlines()[0]}): restore it, or resume with the dataset where it was"
+        ) from None
+    if not alike(known, facts):
+        raise RunError(
+            f"the volumes of {dataset.folder} are not those the run {folder} was started with ({folder / FACTS}): "
+            "restore the dataset, or start a new run"
+        )
+
+
 def _terms(config: Config, names: dict[str, Term], split: Split, plan: Plan, warnings: list[str]) -> dict[str, Term]:
-    method, options = "+".join(names), config.terms
-    if not split.unlabelled and any("unlabelled" in term.reads for term in names.values()):
+    kept = list(names)
+    if not split.unlabelled:
+        kept = [name for name, term in names.items() if "unlabelled" not in term.reads]
+    if len(kept) < len(names):
         warnings.append(
             f"there is no unlabelled case, so {config.method!r} has nothing to learn from beyond the labels: "
-            "training 'supervised' alone"
+            f"training {'+'.join(kept)!r} alone"
         )
-        method, options = "supervised", {key: value for key, value in options.items() if key == "supervised"}
-    return build_terms(method, options, len(plan.classes))
+    return build_terms(
+        "+".join(kept), {key: value for key, value in config.terms.items() if key in kept}, len(plan.classes)
+    )
 
 
-def _train_stage(
+def _workspace(
     config: Config,
     folder: Path,
     split: Split,
@@ -195,7 +226,7 @@ def _train_stage(
     stop: Callable[[], bool],
     cache: Path | None,
     warnings: list[str],
-) -> None:
+) -> tuple[SegmentationNetwork, Workspace]:
     rows = [config.batch_labeled]
     if split.unlabelled and _needs_unlabelled(terms):
         rows.append(config.batch_unlabeled)
@@ -205,26 +236,43 @@ def _train_stage(
     student = build_network(config.network.name, len(plan.channels), len(plan.classes), config.network.args)
     fabric, precision, memory_format = make_fabric(config, folder, student, plan)
     student.to(fabric.device)
-    with closing(RunLog(folder, fabric.is_global_zero)) as log:
-        work = Workspace(
-            run=folder,
-            config=config,
-            plan=plan,
-            labelled=[cases[c.name] for c in split.labelled],
-            unlabelled=[cases[c.name] for c in split.unlabelled],
-            fabric=fabric,
-            memory_format=memory_format,
-            precision=precision,
-            log=log,
-            stop=stop,
-            warnings=warnings,
-            cache=cache,
-        )
+    work = Workspace(
+        run=folder,
+        config=config,
+        plan=plan,
+        labelled=[cases[c.name] for c in split.labelled],
+        unlabelled=[cases[c.name] for c in split.unlabelled],
+        fabric=fabric,
+        memory_format=memory_format,
+        precision=precision,
+        log=RunLog(folder, fabric.is_global_zero),
+        stop=stop,
+        warnings=warnings,
+        cache=cache,
+    )
+    return student, work
+
+
+def _check(terms: dict[str, Term], student: SegmentationNetwork, work: Workspace) -> None:
+    for name, term in terms.items():
+        if term.shares_features:
+            require_halves(student, name)
+        term.check(student, work)
+
+
+def _train_stage(
+    student: SegmentationNetwork, work: Workspace, split: Split, terms: dict[str, Term]
+) -> Callable[[], None]:
+    """Run the stages and the training; what it returns makes and measures the model, in the first process alone."""
+    config, folder, plan, fabric = work.config, work.run, work.plan, work.fabric
+    with closing(work.log):
         for name, term in terms.items():
             for stage in term.stages():
                 _offline_stage(work, name, term, stage)
         for term in terms.values():
             term.initialise(student, work)
+        if not any(term.rounds(config.iterations) for term in terms.values()):
+            work.release_models()  # large ones would stay in memory to the end
         for name, term in terms.items():
             torch.manual_seed(work.seed(f"{name}-attach"))
             term.attach(student)
@@ -246,7 +294,7 @@ def _train_stage(
                         term.refresh(iteration, student, work)
             sampler.set_fields(_fields(work, terms))
 
-        validation = Validation(config, split.val, plan, folder, log, fabric, cache)
+        validation = Validation(config, split.val, plan, folder, work.log, fabric, work.cache, work.stop)
         task = LoopTask(
             stage="train",
             student=student,
@@ -258,37 +306,40 @@ def _train_stage(
             checkpoint=folder / "checkpoints" / "last.pt",
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
-            memory_format=memory_format,
+            memory_format=work.memory_format,
             split=config.batch_norm == "split",
             after_step=validation.hook(student),
             rounds=sorted({number for term in terms.values() for number in term.rounds(config.iterations)}),
             on_round=on_round,
         )
         with timed_stage(folder, "train"):
-            Loop(task, fabric, log, stop).run()
-    if not fabric.is_global_zero:
-        return
-    validation.load_best(student)
-    if config.takes_pool_statistics:
-        with timed_stage(folder, "statistics"):
-            student = work.as_saved(student)  # its batch norms belong to this process alone
-    summary = {
-        "method": config.method,
-        "labelled": len(split.labelled),
-        "unlabelled": len(split.unlabelled),
-        "iterations": config.iterations,
-        "seed": config.seed,
-        "precision": precision,
-        "augment": config.augment,
-    }
-    save_model(folder, student, config.network, plan, summary)
-    with timed_stage(folder, "validate"):
-        if broken := finish(folder, split, config.device, stop):
-            warnings.append(
-                f"the network's output is not a number everywhere for {', '.join(broken)}: look at their intensities beside "
-                "those of the other volumes, or train with --precision fp32"
-            )
-        keep_pool(work, terms)
+            Loop(task, fabric, work.log, work.stop).run()
+
+    def finish_run() -> None:
+        validation.load_best(student)
+        network = student
+        if config.takes_pool_statistics:
+            with timed_stage(folder, "statistics"):
+                network = work.as_saved(student)  # its batch norms belong to this process alone
+        summary = {
+            "method": config.method,
+            "labelled": len(split.labelled),
+            "unlabelled": len(split.unlabelled),
+            "iterations": config.iterations,
+            "seed": config.seed,
+            "precision": work.precision,
+            "augment": config.augment,
+        }
+        save_model(folder, network, config.network, plan, summary)
+        with timed_stage(folder, "validate"):
+            if broken := finish(folder, split, config.device, work.stop):
+                work.warnings.append(
+                    f"the network's output is not a number everywhere for {', '.join(broken)}: look at their intensities beside "
+                    "those of the other volumes, or train with --precision fp32"
+                )
+            keep_pool(work, terms)
+
+    return finish_run
 
 
 def _offline_stage(work: Workspace, name: str, term: Term, stage: str) -> None:

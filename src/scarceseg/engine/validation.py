@@ -41,8 +41,9 @@ class Validation:
         log: RunLog,
         fabric: Fabric,
         cache: Path | None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.cases, self.plan = config, cases, plan
+        self.config, self.cases, self.plan, self.stop = config, cases, plan, stop
         self.folder, self.log, self.fabric, self.cache = folder, log, fabric, cache
         self.every = config.validate_every or (max(config.iterations // 10, 1) if config.select == "best" else 0)
         self._prepared: dict[str, PreparedCase] | None = None
@@ -59,16 +60,21 @@ class Validation:
 
         def after_step(finished: int) -> None:
             last = finished == self.config.iterations and self.config.select == "best"
-            if finished % self.every == 0 or last:
+            if (finished % self.every == 0 or last) and not self.log.has("validation", finished):
                 self.validate(student, finished)
 
         return after_step
 
     def validate(self, student: nn.Module, finished: int) -> None:
-        """Measure, log, and keep the weights if they are the best."""
+        """Measure, log, and keep the weights if they are the best; when asked to stop in between, nothing of it."""
         if self._prepared is None:
             self._prepared = prepare_cases(self.cases, (), self.plan, self.cache, None)
-        dice = np.nanmean([self._dice(student, case) for case in self._prepared.values()], axis=0)
+        scores = []
+        for case in self._prepared.values():
+            if self.stop():
+                return
+            scores.append(self._dice(student, case))
+        dice = np.nanmean(scores, axis=0)
         names = list(self.plan.classes)[1:]
         mean = float(np.mean(dice))
         self.log.record("validation", finished, {f"dice/{n}": float(d) for n, d in zip(names, dice, strict=True)})

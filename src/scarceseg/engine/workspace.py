@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scarceseg.config import Config, OptimConfig
 from scarceseg.data.plan import Plan
@@ -23,10 +24,11 @@ from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.logging import Display, RunLog
 from scarceseg.engine.loop import BatchSource, Loop, LoopTask
+from scarceseg.engine.parallel import check_rows, processes
 from scarceseg.engine.seeds import rng
 from scarceseg.engine.statistics import pool_statistics
 from scarceseg.errors import ConfigError
-from scarceseg.foundation.base import Promptable, Tunable
+from scarceseg.foundation.base import Promptable, Tunable, TunedModel
 from scarceseg.foundation.load import load_foundation
 from scarceseg.inference.sliding import sliding_window
 from scarceseg.methods.base import Term
@@ -103,6 +105,10 @@ class Workspace:
             self._models[name] = load_foundation(name, self.fabric.device)
         return self._models[name]
 
+    def release_models(self) -> None:
+        """Let go of foundation models that no term holds itself; one that is asked for again is built again."""
+        self._models.clear()
+
     def once(self, folder: Path, make: Callable[[], None]) -> None:
         """Make what belongs into the folder of a stage, unless an earlier call has; its warnings are told in either case.
 
@@ -175,7 +181,13 @@ class Workspace:
             iterations: T.
             optim: None is the run's.
             memory_format: None is the run's.
+
+        Raises:
+            ConfigError: the processes cannot share the rows of a step, see `check_rows`.
         """
+        if processes() > 1:
+            labelled, unlabelled = next(iter(sampler.batches(0, 1)))
+            self.check_rows(stage, network, len(labelled.image), 0 if unlabelled is None else len(unlabelled.image))
         task = LoopTask(
             stage=stage,
             student=network,
@@ -193,6 +205,23 @@ class Workspace:
         for term in terms.values():
             term.to(self.fabric.device)
         Loop(task, self.fabric, self.log, self.stop).run()
+
+    def check_rows(self, stage: str, network: nn.Module, labelled: int, unlabelled: int = 0) -> None:
+        """Refuse a stage whose network would take its batch norm over some rows more than once.
+
+        Args:
+            stage: for the message.
+            network: that is trained; a tuned foundation model shares no statistics.
+            labelled, unlabelled: rows of a step.
+
+        Raises:
+            ConfigError: the processes cannot share the rows equally.
+        """
+        if isinstance(network, TunedModel) or not any(isinstance(m, _BatchNorm) for m in network.modules()):
+            return
+        rows = [count for count in (labelled, unlabelled) if count]
+        for count in rows if self.config.batch_norm == "split" else [sum(rows)]:
+            check_rows(count, stage)
 
     def discard(self, stage: str) -> None:
         """Remove the checkpoint of a stage that has left its artefact."""

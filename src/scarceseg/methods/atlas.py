@@ -29,7 +29,7 @@ class AtlasTermOptions(PseudoLabelOptions):
         registration_mm: resolution it works at; None chooses it by the volumes.
         max_atlases: so many of the labelled volumes, the most similar ones, are registered fully to each volume and fused.
         fusion: of their masks, see `scarceseg.atlas.fuse.Fusion`.
-        workers: processes; None is one for each core.
+        workers: processes; None is one for each core, shared with the other processes of the run; fewer where memory is short.
         estimate: with two labelled volumes or more (and at most ``max_atlases + 1``), label each from the others and note the
             Dice: how good the labels are, known from labelled volumes alone.
     """

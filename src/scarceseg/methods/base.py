@@ -63,9 +63,9 @@ class Term(nn.Module):
     with the run; what is made offline (pseudo-labels, tuned weights) lies in the folders of its stages. It touches no
     optimiser, loader, logger or device.
 
-    Order of calls: ``prepare`` once for each of its stages, ``initialise`` and ``attach`` once, then in every step
-    ``extra_inputs``, the one forward pass of the student, ``loss``, the update, ``after_update``. Before the iterations
-    that ``rounds`` names, ``refresh`` may make the term's fields anew.
+    Order of calls: ``check`` before any work, ``prepare`` once for each of its stages, ``initialise`` and ``attach`` once,
+    then in every step ``extra_inputs``, the one forward pass of the student, ``loss``, the update, ``after_update``. Before
+    the iterations that ``rounds`` names, ``refresh`` may make the term's fields anew.
 
     Class attributes:
         reads: which rows of the student's output the term looks at, of {"labelled", "unlabelled"}. Unlabelled rows
@@ -113,6 +113,17 @@ class Term(nn.Module):
     def stages(self) -> list[str]:
         """Names of the term's offline stages, in order; each is run once and resumed by its artefact."""
         return []
+
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """Refuse what cannot be, before the stages of any term; called in the first process alone, and changes nothing.
+
+        Args:
+            student: with its first weights.
+            work: the run; of a resumed one, stages may be done already and what they needed gone.
+
+        Raises:
+            ConfigError, DataError, RunError: the run folder is free again.
+        """
 
     def prepare(self, stage: str, work: Workspace) -> None:
         """Run one offline stage and leave its artefact in ``work.folder(self.name, stage)``."""
@@ -188,13 +199,12 @@ def parse_method(method: str) -> list[str]:
     return ["supervised", *(name for name in names if name != "supervised")]
 
 
-def build_terms(method: str, options: dict[str, dict[str, Any]], classes: int) -> dict[str, Term]:
-    """The terms of a sum with their options, in order.
+def check_options(method: str, options: Mapping[str, Mapping[str, Any]]) -> dict[str, TermOptions]:
+    """Validated options of the terms of a sum, in order; the number of classes need not be known.
 
     Args:
         method: such as ``"ua-mt"`` or ``"mean-teacher+sfr"``.
         options: option values by term name; what is not named keeps its default.
-        classes: K, background included.
 
     Raises:
         ConfigError: unknown term or option, or options for a term that is not in the sum.
@@ -203,16 +213,27 @@ def build_terms(method: str, options: dict[str, dict[str, Any]], classes: int) -
     for name in options:
         if name not in names:
             raise ConfigError(f"terms.{name}: {name!r} is not part of method {method!r}: {near_matches(name, names)}")
+    return {name: build_options(METHODS.get(name), name, options.get(name, {})) for name in names}
+
+
+def build_terms(method: str, options: Mapping[str, Mapping[str, Any]], classes: int) -> dict[str, Term]:
+    """The terms of a sum with their options, in order.
+
+    Args:
+        method, options: see `check_options`.
+        classes: K, background included.
+
+    Raises:
+        ConfigError: as of `check_options`.
+    """
     terms = {}
-    for name in names:
-        kind = METHODS.get(name)
-        term = kind(build_options(kind, name, options.get(name, {})), classes)
-        term.name = name
-        terms[name] = term
+    for name, values in check_options(method, options).items():
+        terms[name] = METHODS.get(name)(values, classes)
+        terms[name].name = name
     return terms
 
 
-def build_options(kind: type[Term], name: str, values: dict[str, Any]) -> TermOptions:
+def build_options(kind: type[Term], name: str, values: Mapping[str, Any]) -> TermOptions:
     """Validated options of one term.
 
     Raises:

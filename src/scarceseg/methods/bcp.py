@@ -72,6 +72,11 @@ class Bcp(Term):
         """Pre-training, unless it has no iterations."""
         return [] if self.options.pretrain_iterations == 0 else ["pretrain"]
 
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """The processes have to share the labelled rows of the pre-training."""
+        for stage in self.stages():
+            work.check_rows(f"{self.name}-{stage}", student, work.config.batch_labeled)
+
     def prepare(self, stage: str, work: Workspace) -> None:
         """Train a network like the student on mixtures of labelled patches."""
         name = f"{self.name}-{stage}"

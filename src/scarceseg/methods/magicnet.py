@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from scarceseg.functional.noise import clipped_gaussian
 from scarceseg.methods.base import METHODS, Parts, RampName, Term, TermOptions
 from scarceseg.networks.base import EncoderDecoder, channels_of, require_halves
 from scarceseg.types import ImageBatch, Labelled, Probability, Step, Unlabelled
+
+if TYPE_CHECKING:
+    from scarceseg.engine.workspace import Workspace
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -74,6 +77,10 @@ class MagicNet(Term):
     frequency: torch.Tensor
     order: torch.Tensor
 
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """The network has to have two halves, and the patch more than one cube."""
+        self.cut(work.plan.patch, require_halves(student, self.name).divisor)
+
     def attach(self, student: nn.Module) -> None:
         """Make the teacher and the location head."""
         network = require_halves(student, self.name)
@@ -89,12 +96,16 @@ class MagicNet(Term):
         self.register_buffer("frequency", torch.full((self.classes,), 1.0 / self.classes))
 
     def grid(self, image: ImageBatch) -> CubeGrid:
-        """How patches of this size are cut.
+        """How these patches are cut."""
+        x, y, z = image.shape[2:]
+        return self.cut((x, y, z), self.student[0].divisor)
+
+    def cut(self, size: tuple[int, int, int], divisor: tuple[int, int, int]) -> CubeGrid:
+        """How patches of this size are cut for a network of this divisor.
 
         Raises:
             ConfigError: into one cube.
         """
-        size, divisor = tuple(image.shape[2:]), self.student[0].divisor
         grid = CubeGrid.fit(size, self.options.cubes, divisor)
         if len(grid.cubes) == 1:
             raise ConfigError(

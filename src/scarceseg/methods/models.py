@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 from scarceseg.config import Config
 from scarceseg.errors import ConfigError
+from scarceseg.foundation import FOUNDATIONS
 from scarceseg.methods.base import METHODS, parse_method
+
+PLACES = ("foundation", "tuned_in")
+"""Options of terms that may name a file or folder."""
 
 
 def foundation_models(config: Config) -> dict[str, tuple[str, ...]]:
@@ -45,6 +53,26 @@ def settle_foundations(config: Config, labelled: int) -> Config:
         if model != kinds[name].foundation:
             terms[name] = {"foundation": model} | terms.get(name, {})
     return config.model_copy(update={"terms": terms})
+
+
+def with_places(config: Config) -> Config:
+    """The config with its dataset, files and folders named from the root, so that it means the same anywhere.
+
+    Names of foundation models, and files that are not there, stay as they are.
+    """
+
+    def place(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [place(one) for one in value]
+        is_path = isinstance(value, str) and value not in FOUNDATIONS.names() and Path(value).exists()
+        return os.path.abspath(value) if is_path else value  # links stay: what they point at may be called otherwise
+
+    terms = {
+        name: {key: place(value) if key in PLACES else value for key, value in options.items()}
+        for name, options in config.terms.items()
+    }
+    dataset = str(Path(config.dataset).resolve())
+    return config.model_copy(update={"dataset": dataset, "foundation": place(config.foundation), "terms": terms})
 
 
 def foundation_words(config: Config) -> str:

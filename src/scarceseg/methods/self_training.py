@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import load_model, save_model
+from torch import nn
 
 from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.methods.base import METHODS, Term, TermOptions, build_terms
@@ -45,6 +46,10 @@ class SelfTraining(PseudoLabelTerm):
     def stages(self) -> list[str]:
         """A teacher and its labels for every round."""
         return [f"{what}{number}" for number in range(1, self.options.rounds + 1) for what in ("teacher", "label")]
+
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """The processes have to share the labelled rows of the first teacher."""
+        work.check_rows(f"{self.name}-teacher1", student, work.config.batch_labeled)
 
     def prepare(self, stage: str, work: Workspace) -> None:
         """Train the teacher of a round, or label the pool with it."""

@@ -132,24 +132,31 @@ class SemiSam(Term):
         super().__init__(options, classes)
         self.proven = ProvenMasks(classes - 1) if classes > 2 and self.options.gate else None
 
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """Refuse what a model would refuse at the first question."""
+        for name in self.options.foundation or (work.foundation_of(self),):
+            self._check(self._promptable(work, name), name, len(work.plan.channels))
+
+    def _promptable(self, work: Workspace, name: str) -> Promptable:
+        model = work.model(name)
+        if not isinstance(model, Promptable):
+            raise ConfigError(
+                f"{self.name}: the foundation model {name!r} cannot be prompted; name one that can with --foundation or "
+                f"terms.{self.name}.foundation (scarceseg foundations list)"
+            )
+        return model
+
     def initialise(self, student: nn.Module, work: Workspace) -> None:
         """Take the models, each built once a run, and the size of the voxels."""
         models = []
         for name in self.options.foundation or (work.foundation_of(self),):
-            model = work.model(name)
-            if not isinstance(model, Promptable):
-                raise ConfigError(
-                    f"{self.name}: the foundation model {name!r} cannot be prompted; name one that can with --foundation or "
-                    f"terms.{self.name}.foundation (scarceseg foundations list)"
-                )
-            self._check(model, name, len(work.plan.channels))
+            model = self._promptable(work, name)
             models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
         if self.options.view != "mosaic" and not any(model.views for model in models):
             work.warnings.append(f"terms.{self.name}.view changes nothing: no model of slices is asked")
         self.consult(models, work.plan.spacing_mm, len(work.labelled))
 
     def _check(self, model: Promptable, name: str, channels: int) -> None:
-        """Refuse before training what the model would refuse at the first question."""
         options, mine = self.options, f"terms.{self.name}"
         wanted = {"point" if kind == "uncertainty" else kind for kind in options.prompts}
         if options.corrections:

@@ -14,10 +14,11 @@ from torch import nn
 
 from scarceseg.data.sampling import Source
 from scarceseg.errors import ConfigError
-from scarceseg.methods.base import METHODS, FieldKind, TermOptions
+from scarceseg.foundation.base import Tunable
+from scarceseg.methods.base import METHODS, FieldKind, Term, TermOptions, build_terms
 from scarceseg.methods.fine_tuning import TunedTeacher, TuningOptions
 from scarceseg.methods.pseudo_labels import PseudoLabels, PseudoLabelTerm
-from scarceseg.methods.tuned_in import take_tuned
+from scarceseg.methods.tuned_in import check_tuned, take_tuned
 from scarceseg.types import IGNORE_LABEL, Unlabelled
 
 if TYPE_CHECKING:
@@ -72,19 +73,31 @@ class Sfr(PseudoLabelTerm):
         """None when every patch is labelled anew."""
         return super().field_kinds if self.options.labels == "volume" else {}
 
-    def prepare(self, stage: str, work: Workspace) -> None:
-        """Tune the model, or label the pool with it."""
-        teacher = TunedTeacher(work, self.options, work.foundation_of(self))
-        if teacher.whole and self.options.labels == "crop":
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """The model has to suit the options, and what is learnt from or taken over has to be there."""
+        if self.options.learn_from is not None:
+            guessing(work, self.name, self.options.learn_from)
+        done = {stage for stage in self.stages() if (work.folder(self.name, stage) / "done").exists()}
+        if self.options.labels == "volume" and len(done) == len(self.stages()):  # the model may be gone
+            return
+        model = tunable_of(work, self)
+        shown = model if self.options.view == "auto" else model.shown(self.options.view)
+        if self.options.labels == "crop" and shown.sees == "volume":
             raise ConfigError(
                 f"terms.{self.name}.labels: 'crop' needs a model that sees patches, {work.foundation_of(self)!r} is shown whole "
                 f"volumes: take another model (tiny-sam3d, sam-vit-b), view: patch where it takes both, or labels: volume"
             )
+        if self.options.tuned_in is not None and "tune" not in done:
+            check_tuned(work, self.name, Path(self.options.tuned_in), model)
+
+    def prepare(self, stage: str, work: Workspace) -> None:
+        """Tune the model, or label the pool with it."""
+        teacher = TunedTeacher(work, self.options, work.foundation_of(self))
         tuned = work.folder(self.name, "tune")
         if stage == "tune":
             work.warnings.extend(teacher.idle(self.name, work.foundation_of(self)))
             if self.options.tuned_in is not None:
-                take_tuned(work, self.name, Path(self.options.tuned_in), teacher.files, teacher.whole)
+                take_tuned(work, self.name, Path(self.options.tuned_in), teacher.files, tunable_of(work, self))
                 return
             teacher.tune(tuned, f"{self.name}-tune", self._guessed(work))
             return
@@ -144,16 +157,26 @@ class Sfr(PseudoLabelTerm):
         }
 
 
-def guessed_sources(work: Workspace, name: str, other: str | None) -> list[Source]:
-    """The unlabelled volumes with the guesses of another term, to learn from.
+def tunable_of(work: Workspace, term: Term) -> Tunable:
+    """The foundation model a term tunes, as it is by itself.
+
+    Raises:
+        ConfigError: it cannot be tuned.
+    """
+    model = work.model(name := work.foundation_of(term))
+    if not isinstance(model, Tunable):
+        raise ConfigError(
+            f"the foundation model {name!r} answers prompts but cannot be tuned: choose one that can (scarceseg foundations list)"
+        )
+    return model
+
+
+def guessing(work: Workspace, name: str, other: str) -> PseudoLabelTerm:
+    """Another term that guesses labels before this one.
 
     Raises:
         ConfigError: no such term before this one, or it keeps no guesses.
     """
-    if other is None:
-        return []
-    from scarceseg.methods.base import build_terms
-
     terms = build_terms(work.config.method, work.config.terms, work.classes)
     names = list(terms)
     source = terms.get(other)
@@ -162,7 +185,18 @@ def guessed_sources(work: Workspace, name: str, other: str | None) -> list[Sourc
             f"terms.{name}.learn_from: expected a term that guesses labels and stands before {name!r} in the sum, such as "
             f"atlas in atlas+{name}, got {other!r} in {work.config.method!r}"
         )
-    labels = source.labels(work)
+    return source
+
+
+def guessed_sources(work: Workspace, name: str, other: str | None) -> list[Source]:
+    """The unlabelled volumes with the guesses of another term, to learn from.
+
+    Raises:
+        ConfigError: as `guessing`.
+    """
+    if other is None:
+        return []
+    labels = guessing(work, name, other).labels(work)
     return [Source(case.name, case.image, labels.label(case.name)) for case in work.unlabelled]
 
 

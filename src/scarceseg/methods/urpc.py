@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from scarceseg.functional.losses import segmentation_loss
 from scarceseg.methods.base import METHODS, Parts, RampName, Term, TermOptions
 from scarceseg.networks.base import channels_of, require_halves
 from scarceseg.types import Logits, Step
+
+if TYPE_CHECKING:
+    from scarceseg.engine.workspace import Workspace
 
 
 class UrpcOptions(TermOptions):
@@ -70,8 +73,12 @@ class Urpc(Term):
     shares_features = True
     heads: nn.ModuleList
 
-    def attach(self, student: nn.Module) -> None:
-        """Make the heads.
+    def check(self, student: nn.Module, work: Workspace) -> None:
+        """The decoder has to have enough levels."""
+        self.levels(student)
+
+    def levels(self, student: nn.Module) -> list[int]:
+        """Channels of the decoder's levels that make predictions, fine to coarse.
 
         Raises:
             ConfigError: the decoder has fewer levels than `scales`.
@@ -82,8 +89,12 @@ class Urpc(Term):
                 f"{self.name}: scales is at most {len(levels)}, the number of levels of this network's decoder, "
                 f"got {self.options.scales}"
             )
+        return levels[: self.options.scales]
+
+    def attach(self, student: nn.Module) -> None:
+        """Make the heads."""
         self.heads = nn.ModuleList(
-            nn.Conv3d(channels, self.classes, kernel_size=1) for channels in levels[1 : self.options.scales]
+            nn.Conv3d(channels, self.classes, kernel_size=1) for channels in self.levels(student)[1:]
         )
 
     def coarse(self, decoded: list[torch.Tensor]) -> list[Logits]:

@@ -239,15 +239,27 @@ class Sides(NamedTuple):
     fixed: tuple[int, int, int] | None = None
 
 
-def sides_of(name: str, args: dict[str, Any] | None = None) -> Sides:
-    """What a network asks of a patch; it is built on the meta device, and random state is left as it was.
+def sides_of(name: str, args: dict[str, Any] | None = None, channels: int = 1, classes: int = 2) -> Sides:
+    """What a network asks of a patch; random state is left as it was.
+
+    It is built on the meta device, or where it reads values while it is built, which that has not got, on the CPU.
+
+    Args:
+        name, args, channels, classes: see `build_network`.
 
     Raises:
         ConfigError: as `build_network`.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        network = build_network(name, channels=1, classes=2, args=args)
-        return Sides(network.divisor, network.fixed_size)
+
+    def built(device: str) -> Sides:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            network = build_network(name, channels, classes, args)
+            return Sides(network.divisor, network.fixed_size)
+
+    try:
+        return built("meta")
+    except Exception:  # of any kind: what is wrong with the settings is told by the second attempt
+        return built("cpu")
 
 
 def divisor_of(name: str, args: dict[str, Any] | None = None) -> tuple[int, int, int]:

@@ -134,11 +134,8 @@ class MonaiNetwork(SegmentationNetwork):
             raise ConfigError(f"{self.name} refuses an input of {list(image.shape)}: {error}") from error
 
     def _build(self, cls: type[nn.Module]) -> nn.Module:
-        # Some networks read values while they are built, which the meta device of `divisor_of` has not got.
-        device = torch.get_default_device()
         try:
-            with torch.device("cpu" if device.type == "meta" else device):
-                return cls(**self._arguments)
+            return cls(**self._arguments)
         except Exception as error:  # whatever MONAI raises here, the cause is an argument
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             cure = "install that package" if "No module named" in text else "correct the arguments"
