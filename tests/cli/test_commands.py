@@ -49,6 +49,16 @@ def test_train_predict_evaluate_report(data: Path, tmp_path: Path, capsys: pytes
     assert mask.GetSize() == image.GetSize() and mask.GetOrigin() == image.GetOrigin()
     uncertainty = sitk.GetArrayFromImage(sitk.ReadImage(str(masks / "case_00_uncertainty.nii.gz")))
     assert uncertainty.min() >= 0 and uncertainty.max() <= 1
+    again = ["predict", run, data / "imagesTr", "--out", masks]
+    status, out, err = scarceseg(*again, "--existing", "skip", capsys=capsys)
+    assert status == 0 and "5 of 5 cases are done" in err and "0 files" in out
+    for wrong, words in (
+        (["--existing", "refuse"], "exist already"),
+        (["--largest-component-of", "box1,liver"], "'liver'"),
+    ):
+        status, _, err = scarceseg(*again, *wrong, capsys=capsys)
+        assert status == 2 and words in err and len(err.splitlines()) == 1
+    assert scarceseg(*again, "--largest-component-of", "box1", capsys=capsys)[0] == 0
     for extra in masks.glob("*_uncertainty*"):
         extra.unlink()
     status, out, err = scarceseg(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
@@ -18,7 +19,7 @@ from scarceseg.engine.logging import Display
 from scarceseg.engine.parallel import gathered, local_rank, meet, processes, rank
 from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError, DataError, RunError
-from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
+from scarceseg.inference.export import Existing, Job, classes_named, open_folder, plan_jobs, write_job
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.inference.orientations import MeanOverOrientations
 from scarceseg.inference.prediction import Prediction, Prepared
@@ -189,13 +190,13 @@ def predict(
     *,
     probabilities: bool = False,
     uncertainty: bool = False,
-    largest_component: bool = False,
+    largest_component: bool | str | Sequence[str] = False,
     legacy: bool = False,
     whole: bool = False,
     tta: bool = False,
     batch: int = 4,
     device: str = "auto",
-    overwrite: bool = True,
+    existing: Existing = "replace",
     on_progress: Callable[[float, int, str], None] | None = None,
 ) -> list[Path]:
     """Segment image files; every result has the size, spacing, origin and direction of its input, and its format.
@@ -210,9 +211,11 @@ def predict(
         inputs: image files, folders of images or DICOM folders.
         out: folder for the results, made if it is missing.
         probabilities, uncertainty: write these maps too.
-        largest_component: keep the largest connected piece of each class in the mask; the maps stay as they are.
+        largest_component: keep the largest connected piece in the mask, of every class or of those named; the maps stay as they
+            are. Of paired organs that are one class it keeps one.
         legacy, whole, tta, batch, device: see `Predictor`.
-        overwrite: replace results of an earlier call; inputs are never replaced.
+        existing: "replace" results of an earlier call, "skip" them (a case with some of its files gets the others) or "refuse"
+            to begin; a file is there as a whole or not at all. Inputs are never replaced.
         on_progress: called with the cases done (a fraction counts the current one's windows), their number, and the
             current name; None shows a progress bar.
 
@@ -220,21 +223,28 @@ def predict(
         The files written, in the order of the cases.
 
     Raises:
-        RunError: the run or the device cannot be used, or `out` cannot be written.
+        ConfigError: a class of `largest_component` that the network does not have, or options that exclude each other.
+        RunError: the run or the device cannot be used, `out` cannot be written, or results are there and `existing` refuses.
         DataError: nothing to predict; or, after all others are done, the list of the cases that failed.
     """
     predictor = Predictor(run, device=device, legacy=legacy, whole=whole, tta=tta, batch=batch)
     entries = [inputs] if isinstance(inputs, str | Path) else inputs
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
-    jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)[rank() :: processes()]
+    clean = classes_named(largest_component, predictor.classes)
+    planned = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, existing)
     open_folder(Path(out))
+    left = [job for job in planned if job.missing]
+    if len(left) < len(planned) and rank() == 0:
+        done = f"{len(planned) - len(left)} of {len(planned)} cases are done"
+        print(f"skip: {done} in {out} and stay as they are", file=sys.stderr, flush=True)
+    jobs = left[rank() :: processes()]
     meet(cuda=False, patience=timedelta(days=30))  # who has done its share waits for the others, however long that is
     written: list[Path] = []
     failed: dict[str, str] = {}
     with ExitStack() as stack:
         if jobs:
             report = on_progress or _bar(stack.enter_context(Display("predict", 0, len(jobs))))
-            written, failed = _run_jobs(predictor, jobs, largest_component, report)
+            written, failed = _run_jobs(predictor, jobs, clean, report)
     # A process that ends with an error ends the others, so that all wait for the last one.
     everything = gathered((len(jobs), failed))
     total, failed = sum(count for count, _ in everything), dict(ChainMap(*(part for _, part in everything)))
@@ -248,7 +258,10 @@ def predict(
 
 
 def _run_jobs(
-    predictor: Predictor, jobs: Sequence[Job], clean: bool, on_progress: Callable[[float, int, str], None]
+    predictor: Predictor,
+    jobs: Sequence[Job],
+    clean: Collection[int] | None,
+    on_progress: Callable[[float, int, str], None],
 ) -> tuple[list[Path], dict[str, str]]:
     """Three stages side by side: the next case is read and prepared, one is in the network, the last one is written."""
     written: list[Path] = []
