@@ -162,6 +162,10 @@ def predict(
     ],
     inputs: Annotated[list[Path], typer.Argument(help="Image files, folders of images, or one DICOM series folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks.")],
+    with_: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="Another run, whose probabilities are averaged in. May be repeated."),
+    ] = None,
     probabilities: Annotated[bool, typer.Option(help="Also write the probability of each class.")] = False,
     uncertainty: Annotated[bool, typer.Option(help="Also write the voxel-wise entropy / ln K, in [0, 1].")] = False,
     largest_component: Annotated[bool, typer.Option(help="Keep the largest component of each class.")] = False,
@@ -183,7 +187,7 @@ def predict(
     from scarceseg.inference.predictor import predict as predict_files
 
     written = predict_files(
-        run,
+        [run, *(with_ or [])],
         inputs,
         out,
         probabilities=probabilities,

@@ -58,7 +58,7 @@ def test_train_predict_evaluate_report(data: Path, tmp_path: Path, capsys: pytes
     ):
         status, _, err = scarceseg(*again, *wrong, capsys=capsys)
         assert status == 2 and words in err and len(err.splitlines()) == 1
-    assert scarceseg(*again, "--largest-component-of", "box1", capsys=capsys)[0] == 0
+    assert scarceseg(*again, "--largest-component-of", "box1", "--with", run, "--with", run, capsys=capsys)[0] == 0
     for extra in masks.glob("*_uncertainty*"):
         extra.unlink()
     status, out, err = scarceseg(

@@ -179,6 +179,46 @@ def test_probabilities_and_uncertainty_lie_on_the_input_and_agree(tmp_path: Path
     assert arrays[5][edge].min() > arrays[5][~edge & (arrays[0] == 0)].mean()
 
 
+def test_several_runs_give_the_mean_of_their_probabilities(tmp_path: Path) -> None:
+    runs = [save_threshold(tmp_path / f"run{i}", classes=3, spacing=s) for i, s in enumerate((1.3, 2.0, 1.0))]
+    source = put(scan(direction=rotation(6))[0], tmp_path / "in", ".nii.gz")
+    said: list[float] = []
+
+    def arrays(runs: Any, name: str) -> list[np.ndarray]:
+        written = predict(
+            runs,
+            [source],
+            tmp_path / name,
+            probabilities=True,
+            uncertainty=True,
+            on_progress=lambda done, *_: said.append(done),
+        )
+        return [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in written]
+
+    alone = [arrays(run, f"alone{i}") for i, run in enumerate(runs)]
+    said.clear()
+    label, *probability, uncertainty = arrays(runs, "all")
+    assert said == sorted(said) and said[-1] == 1
+    mean = np.mean([one[1:4] for one in alone], axis=0)
+    np.testing.assert_allclose(probability, mean, atol=1e-6)
+    np.testing.assert_array_equal(label, np.argmax(probability, axis=0))
+    assert any((label != one[0]).any() for one in alone)
+    entropy = -(mean * np.log(np.maximum(mean, 1e-30))).sum(0) / np.log(3)
+    np.testing.assert_allclose(uncertainty, entropy, atol=1e-4)
+    for once, again in zip(alone[0], arrays([runs[0]], "one"), strict=True):
+        np.testing.assert_array_equal(once, again)
+
+
+def test_runs_that_do_not_go_together_are_refused(run: Path, tmp_path: Path) -> None:
+    source = put(scan()[0], tmp_path / "in", ".nii.gz")
+    for settings, words in (({"classes": 3}, "the same classes"), ({"channels": 2}, "the same channels")):
+        other = save_threshold(tmp_path / "other", **settings)
+        with pytest.raises(RunError, match=f"{words} to average, got .*: predict with them one by one"):
+            predict([run, other], [source], tmp_path / "out", on_progress=silent)
+    with pytest.raises(RunError, match="no run to predict with"):
+        predict([], [source], tmp_path / "out", on_progress=silent)
+
+
 def test_uncertainty_reaches_both_ends(run: Path) -> None:
     geometry = Geometry((16, 16, 16), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
     predictor = Predictor(run, device="cpu")

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from scarceseg.data.images import output_suffix, write_image
 from scarceseg.errors import ConfigError, DataError, RunError, near_matches
 from scarceseg.inference.components import largest_component
-from scarceseg.inference.prediction import Prediction
+from scarceseg.inference.prediction import Maps
 
 Existing = Literal["replace", "skip", "refuse"]
 """What becomes of results of an earlier call."""
@@ -135,7 +135,7 @@ def open_folder(out: Path) -> None:
         ) from None
 
 
-def write_job(job: Job, prediction: Prediction, clean: Collection[int] | None) -> list[Path]:
+def write_job(job: Job, prediction: Maps, clean: Collection[int] | None) -> list[Path]:
     """Write the files of a case that are missing, each in one piece; `clean` as `largest_component` has its classes.
 
     Raises:

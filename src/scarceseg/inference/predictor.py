@@ -22,7 +22,7 @@ from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.inference.export import Existing, Job, classes_named, open_folder, plan_jobs, write_job
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.inference.orientations import MeanOverOrientations
-from scarceseg.inference.prediction import Prediction, Prepared
+from scarceseg.inference.prediction import MeanPrediction, Prediction, Prepared
 from scarceseg.inference.sliding import sliding_window
 from scarceseg.types import Geometry, Volume
 
@@ -184,7 +184,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def predict(
-    run: Path | str,
+    run: Path | str | Sequence[Path | str],
     inputs: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
@@ -207,7 +207,8 @@ def predict(
     ``torchrun``, each process takes every W-th case.
 
     Args:
-        run: folder with ``model.json`` and ``model.safetensors``.
+        run: folder with ``model.json`` and ``model.safetensors``, or several: the mean of their class probabilities is taken
+            on the grid of each input. Their channels and classes have to be the same, spacing and network may differ.
         inputs: image files, folders of images or DICOM folders.
         out: folder for the results, made if it is missing.
         probabilities, uncertainty: write these maps too.
@@ -224,10 +225,14 @@ def predict(
 
     Raises:
         ConfigError: a class of `largest_component` that the network does not have, or options that exclude each other.
-        RunError: the run or the device cannot be used, `out` cannot be written, or results are there and `existing` refuses.
+        RunError: a run or the device cannot be used, runs do not go together, `out` cannot be written, or results are there and
+            `existing` refuses.
         DataError: nothing to predict; or, after all others are done, the list of the cases that failed.
     """
-    predictor = Predictor(run, device=device, legacy=legacy, whole=whole, tta=tta, batch=batch)
+    runs = [run] if isinstance(run, str | Path) else run
+    predictors = [Predictor(one, device=device, legacy=legacy, whole=whole, tta=tta, batch=batch) for one in runs]
+    _check_alike(predictors)
+    predictor = predictors[0]
     entries = [inputs] if isinstance(inputs, str | Path) else inputs
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
     clean = classes_named(largest_component, predictor.classes)
@@ -244,7 +249,7 @@ def predict(
     with ExitStack() as stack:
         if jobs:
             report = on_progress or _bar(stack.enter_context(Display("predict", 0, len(jobs))))
-            written, failed = _run_jobs(predictor, jobs, clean, report)
+            written, failed = _run_jobs(predictors, jobs, clean, report)
     # A process that ends with an error ends the others, so that all wait for the last one.
     everything = gathered((len(jobs), failed))
     total, failed = sum(count for count, _ in everything), dict(ChainMap(*(part for _, part in everything)))
@@ -257,8 +262,24 @@ def predict(
     return written
 
 
+def _check_alike(predictors: Sequence[Predictor]) -> None:
+    if not predictors:
+        raise RunError("there is no run to predict with: name one, or several")
+    first = predictors[0]
+    for other in predictors[1:]:
+        for what, a, b in (
+            ("channels", first.plan.channels, other.plan.channels),
+            ("classes", first.classes, other.classes),
+        ):
+            if a != b:
+                raise RunError(
+                    f"expected runs with the same {what} to average, got {', '.join(a)} in {first.run} and {', '.join(b)} in "
+                    f"{other.run}: predict with them one by one"
+                )
+
+
 def _run_jobs(
-    predictor: Predictor,
+    predictors: Sequence[Predictor],
     jobs: Sequence[Job],
     clean: Collection[int] | None,
     on_progress: Callable[[float, int, str], None],
@@ -267,11 +288,12 @@ def _run_jobs(
     written: list[Path] = []
     failed: dict[str, str] = {}
 
-    def load(job: Job) -> Prepared:
-        return predictor.prepare(*read_volume(job.inputs))
+    def load(job: Job) -> list[Prepared]:
+        volume = read_volume(job.inputs)
+        return [predictor.prepare(*volume) for predictor in predictors]
 
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-        coming: Future[Prepared] | None = reader.submit(load, jobs[0])
+        coming: Future[list[Prepared]] | None = reader.submit(load, jobs[0])
         leaving: Future[list[Path]] | None = None
         try:
             for number, job in enumerate(jobs):
@@ -279,14 +301,12 @@ def _run_jobs(
                 ready, coming = coming, None
                 coming = reader.submit(load, jobs[number + 1]) if number + 1 < len(jobs) else None
                 try:
-                    prediction = predictor.predict_prepared(
-                        ready.result(), _within(on_progress, number, len(jobs), job.name)
-                    )
+                    prediction = _ask(predictors, ready.result(), _within(on_progress, number, len(jobs), job.name))
                     if not prediction.is_number:
                         raise DataError(
                             "the network's output for this volume is not a number everywhere: expected probabilities; look "
                             "at its intensities beside those of the training volumes"
-                            + (", or predict with --device cpu" if predictor.device.type != "cpu" else "")
+                            + (", or predict with --device cpu" if predictors[0].device.type != "cpu" else "")
                         )
                 except DataError as error:
                     failed[job.name] = str(error)
@@ -303,6 +323,20 @@ def _run_jobs(
             reader.shutdown(wait=False, cancel_futures=True)
             raise
     return written, failed
+
+
+def _ask(
+    predictors: Sequence[Predictor], volumes: Sequence[Prepared], progress: Callable[[int, int], None]
+) -> Prediction | MeanPrediction:
+    """One network after the other, the mean where there are several."""
+    parts = []
+    for number, (predictor, volume) in enumerate(zip(predictors, volumes, strict=True)):
+
+        def within(windows: int, of: int, before: int = number) -> None:
+            progress(before * of + windows, len(predictors) * of)
+
+        parts.append(predictor.predict_prepared(volume, within))
+    return parts[0] if len(parts) == 1 else MeanPrediction(tuple(parts), volumes[0].original)
 
 
 def _bar(display: Display) -> Callable[[float, int, str], None]:
