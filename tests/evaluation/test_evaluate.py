@@ -98,6 +98,8 @@ def test_references_may_be_named_one_by_one(folders: tuple[Path, Path]) -> None:
         evaluate(*folders)
     with pytest.raises(DataError, match="1 of 3 predictions have no reference of the same name: c;"):
         evaluate(folders[0], {case: named[case] for case in "ab"})
+    with pytest.raises(DataError, match="there are no references"):
+        evaluate(folders[0], {})
 
 
 def test_folders_may_be_texts(folders: tuple[Path, Path], tmp_path: Path) -> None:

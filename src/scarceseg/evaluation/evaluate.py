@@ -111,6 +111,8 @@ def _check_word(name: str, word: str, known: tuple[str, ...]) -> None:
 def _pairs(predictions: Path, references: Path | Mapping[str, Path]) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
     """Prediction and reference file of each case, sorted by name, and warnings."""
     if isinstance(references, Mapping):
+        if not references:
+            raise DataError("there are no references: expected the label file of at least one case")
         known, where = dict(references), ""
     elif predictions.is_file() and references.is_file():
         return {_case_name(predictions): (predictions, references)}, []
