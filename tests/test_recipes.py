@@ -21,7 +21,8 @@ from scarceseg.evaluation.published import benchmarks
 from scarceseg.evaluation.tables import published_rows
 from scarceseg.methods import build_terms
 from scarceseg.networks.base import build_network, divisor_of
-from tests.test_docs import parse
+from scarceseg.settings import read_assignments
+from tests.test_docs import blocks, commands, parse
 from tests.tiny import tiny_config, tiny_dataset
 
 FOLDER = Path(scarceseg.__file__).parent / "recipes"
@@ -45,6 +46,16 @@ VOLUMES = {
 
 def text_of(name: str) -> str:
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def head_of(name: str) -> list[str]:
+    """The facts a recipe opens with; a command that goes on in the next line is one."""
+    return [line for line in text_of(name).replace("\\\n# ", "").splitlines()[:4] if line.startswith("# ")]
+
+
+def command_of(name: str) -> list[str]:
+    (command,) = (line.removeprefix("# Command:") for line in head_of(name) if line.startswith("# Command:"))
+    return shlex.split(command)
 
 
 def dataset_of(name: str) -> str:
@@ -90,12 +101,10 @@ def planned(name: str, config: Config) -> Plan:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_it_opens_with_its_facts(name: str) -> None:
-    lines = text_of(name).splitlines()
-    head = [line for line in lines[:4] if line.startswith("# ")]
+    head = head_of(name)
     assert len(head) >= 3 and not head[0].startswith("# Command")
     assert all(any(word in line for line in head) for word in ("Time", "xpected"))
-    (command,) = (line.removeprefix("# Command:") for line in head if line.startswith("# Command:"))
-    words = shlex.split(command)
+    words = command_of(name)
     assert words[:2] == ["scarceseg", "train"] and words[words.index("--recipe") + 1] == name
     parse(words[1:])
     # A recipe that says how many labels needs no flag for it, and the other way round.
@@ -151,6 +160,25 @@ def test_what_the_papers_say() -> None:
         config = config_of(name)
         assert (config.optim.name, config.optim.lr, config.optim.momentum) == ("sgd", 0.01, 0.9)
         assert (config.batch_labeled, config.batch_unlabeled) == (2, 2)
+
+
+def test_commands_with_sfr_tune_as_the_paper_does() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8")
+    (first,) = [words for block in blocks(page) for words in commands(block.text) if block.language == "sh"]
+    found = [words for words in (first, *map(command_of, recipe_names())) if "mean-teacher+sfr" in words]
+    assert len(found) == 14
+    for words in found:
+        assert words[words.index("--foundation") + 1] == "sam-vit-b"
+        given = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
+        config = Config.build(
+            merge(
+                {"dataset": "data", "method": "mean-teacher+sfr"} | read_recipe(words[words.index("--recipe") + 1]),
+                merge({"method": "mean-teacher+sfr"}, read_assignments(given)),
+            )
+        )
+        options: Any = build_terms(config.method, config.terms, 2)["sfr"].options
+        assert (options.patch_augment, options.tune_warmup, options.tune_clip) == ("reflections", 0, None)
+        assert (options.tune_weight_decay, options.tune_power, options.tune_rows, options.axes) == (0.1, 0.9, 2, (2,))
 
 
 def test_every_benchmark_has_a_recipe_for_few_and_for_more_labels() -> None:

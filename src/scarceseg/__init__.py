@@ -11,7 +11,7 @@ The flow, and the folders that show it::
 the one loop and leaves a run folder, `inference` writes masks in the geometry of their input, `evaluation` measures
 them and `report` shows a run on one page.
 
-Public names: `Config`, `train`, `predict`, `segment`, `evaluate`, `suggest`, and the errors they raise.
+Public names: `Config`, `train`, `predict`, `segment`, `evaluate`, `compare`, `suggest`, and the errors they raise.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from scarceseg.active.suggest import suggest
     from scarceseg.config import Config
     from scarceseg.engine.run import train
+    from scarceseg.evaluation.compare import compare
     from scarceseg.evaluation.evaluate import evaluate
     from scarceseg.inference.predictor import predict
     from scarceseg.inference.segment import segment
@@ -36,6 +37,7 @@ __all__ = [
     "DataError",
     "RunError",
     "ScarceSegError",
+    "compare",
     "evaluate",
     "predict",
     "segment",
@@ -50,6 +52,7 @@ _LAZY = {
     "predict": "scarceseg.inference.predictor",
     "segment": "scarceseg.inference.segment",
     "evaluate": "scarceseg.evaluation.evaluate",
+    "compare": "scarceseg.evaluation.compare",
     "suggest": "scarceseg.active.suggest",
 }
 

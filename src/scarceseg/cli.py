@@ -162,31 +162,42 @@ def predict(
     ],
     inputs: Annotated[list[Path], typer.Argument(help="Image files, folders of images, or one DICOM series folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks.")],
+    with_: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="Another run, whose probabilities are averaged in. May be repeated."),
+    ] = None,
     probabilities: Annotated[bool, typer.Option(help="Also write the probability of each class.")] = False,
     uncertainty: Annotated[bool, typer.Option(help="Also write the voxel-wise entropy / ln K, in [0, 1].")] = False,
     largest_component: Annotated[bool, typer.Option(help="Keep the largest component of each class.")] = False,
+    largest_component_of: Annotated[
+        str | None, typer.Option(help="Keep the largest component of these classes, such as liver,spleen.")
+    ] = None,
     legacy: Annotated[bool, typer.Option(help="Uniform 18x18x4 windows of the published scripts (slow).")] = False,
     whole: Annotated[bool, typer.Option(help="Each volume in one piece (fastest, most memory).")] = False,
     tta: Annotated[
         bool, typer.Option(help="Average over the turns and flips of training (up to 8 times slower).")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
+    existing: Annotated[
+        str, typer.Option(help="Results that are there: replace them, skip their cases, or refuse to begin.")
+    ] = "replace",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Segment images; each mask has the size, spacing, origin and direction of its input file."""
     from scarceseg.inference.predictor import predict as predict_files
 
     written = predict_files(
-        run,
+        [run, *(with_ or [])],
         inputs,
         out,
         probabilities=probabilities,
         uncertainty=uncertainty,
-        largest_component=largest_component,
+        largest_component=largest_component if largest_component_of is None else largest_component_of,
         legacy=legacy,
         whole=whole,
         tta=tta,
         batch=batch,
+        existing=existing,  # type: ignore[arg-type]
         device=device,
     )
     typer.echo(f"{len(written)} files in {out}")

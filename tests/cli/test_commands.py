@@ -49,6 +49,16 @@ def test_train_predict_evaluate_report(data: Path, tmp_path: Path, capsys: pytes
     assert mask.GetSize() == image.GetSize() and mask.GetOrigin() == image.GetOrigin()
     uncertainty = sitk.GetArrayFromImage(sitk.ReadImage(str(masks / "case_00_uncertainty.nii.gz")))
     assert uncertainty.min() >= 0 and uncertainty.max() <= 1
+    again = ["predict", run, data / "imagesTr", "--out", masks]
+    status, out, err = scarceseg(*again, "--existing", "skip", capsys=capsys)
+    assert status == 0 and "5 of 5 cases are done" in err and "0 files" in out
+    for wrong, words in (
+        (["--existing", "refuse"], "exist already"),
+        (["--largest-component-of", "box1,liver"], "'liver'"),
+    ):
+        status, _, err = scarceseg(*again, *wrong, capsys=capsys)
+        assert status == 2 and words in err and len(err.splitlines()) == 1
+    assert scarceseg(*again, "--largest-component-of", "box1", "--with", run, "--with", run, capsys=capsys)[0] == 0
     for extra in masks.glob("*_uncertainty*"):
         extra.unlink()
     status, out, err = scarceseg(
@@ -56,7 +66,7 @@ def test_train_predict_evaluate_report(data: Path, tmp_path: Path, capsys: pytes
     )
     assert status == 0, err
     result = json.loads(scores.read_text())
-    assert set(result) == {"units", "cases", "mean", "failed"} and len(result["cases"]) == 5
+    assert set(result) == {"units", "cases", "mean", "failed", "absent"} and len(result["cases"]) == 5
     assert set(result["cases"]["case_00"]["box1"]) == {"dice", "jaccard", "asd", "assd", "hd95"}
     assert scarceseg("report", run, capsys=capsys)[0] == 0
     assert scarceseg(*train, capsys=capsys)[0] == 2  # the folder is taken
@@ -177,6 +187,6 @@ def test_help_does_not_load_torch() -> None:
 
 
 def test_python_names() -> None:
-    from scarceseg import Config, evaluate, predict, train
+    from scarceseg import Config, compare, evaluate, predict, train
 
-    assert all(callable(f) for f in (train, predict, evaluate)) and Config().method == "supervised"
+    assert all(callable(f) for f in (train, predict, evaluate, compare)) and Config().method == "supervised"

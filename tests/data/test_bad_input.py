@@ -282,6 +282,7 @@ def test_missing_or_invalid_dataset_json(tmp_path: Path) -> None:
         ({"labels": {"organ": 1}}, "numbered 0"),
         ({"labels": {"background": 0, "a": 2}}, "without gaps"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "without gaps or repeats"),
+        ({"labels": {"background": 0, "a": 1, "b": 3, "c": 7}}, "renumber the classes, .*own-data.md shows how"),
         ({"labels": {"background": 0, "a": "x"}}, "whole number"),
         ({"labels": {"background": 0}}, "2 to 255 classes"),
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "region-based"),

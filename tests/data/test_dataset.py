@@ -64,6 +64,27 @@ def test_label_without_image_is_a_warning(tmp_path: Path) -> None:
     assert "stray" in make_split(dataset, 1, []).warnings[0]
 
 
+def test_files_of_another_ending_are_told_of_images_and_labels(tmp_path: Path) -> None:
+    _listing(tmp_path)
+    for name in ("imagesTr/c8_0000.nrrd", "imagesTr/notes.txt", "labelsTr/c8.nrrd"):
+        (tmp_path / name).touch()
+    dataset = load_dataset(tmp_path)
+    assert len(dataset.cases) == 6
+    images, labels = dataset.warnings
+    assert "imagesTr" in images and "are no images therefore: c8_0000.nrrd" in images
+    assert "labelsTr" in labels and "are no labels therefore: c8.nrrd" in labels
+
+
+def test_cases_numbered_like_channels_are_told_apart(tmp_path: Path) -> None:
+    _listing(tmp_path, cases=0)
+    for number in range(8):
+        (tmp_path / "imagesTr" / f"patient_{number:04d}.nii.gz").touch()
+    with pytest.raises(
+        DataError, match=r"_0000 alone.*and 3 more; .*number your cases.*patient_0001 becomes patient_0001_0000"
+    ):
+        load_dataset(tmp_path)
+
+
 def test_first_n_are_labelled_and_every_other_case_is_not(tmp_path: Path) -> None:
     split = make_split(load_dataset(_listing(tmp_path)), 2, ["c0"])
     assert split.to_json() == {"labelled": ["c1", "c2"], "unlabelled": ["c3", "c4", "c5"], "val": ["c0"]}

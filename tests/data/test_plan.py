@@ -13,7 +13,7 @@ from scarceseg.data.dataset import Case, Dataset, Split, UnlabelledCase, load_da
 from scarceseg.data.fingerprint import CaseFacts, Intensities, _read
 from scarceseg.data.images import write_image
 from scarceseg.data.plan import PATCH_VOXELS, Fingerprint, Plan, fingerprint, make_plan
-from scarceseg.errors import ConfigError
+from scarceseg.errors import ConfigError, DataError
 from scarceseg.networks.base import sides_of
 from tests.data.volumes import SAGITTAL, ball, grid, planned, smooth, write_dataset, write_facts
 
@@ -110,6 +110,17 @@ def test_ct_is_known_by_its_channel_and_uses_the_labelled_foreground() -> None:
     assert without.normalisation[0].low == -1000 and "CT window" in "".join(without.warnings)
 
 
+@pytest.mark.parametrize("channel", ["CTA", "CBCT", "CT1"])
+def test_hounsfield_units_under_another_name_are_told(channel: str) -> None:
+    facts = _facts(((95, 70, 44), (1, 1, 1)))
+    plan = _plan(facts, channel)
+    (warning,) = plan.warnings
+    assert plan.normalisation[0].kind == "zscore"
+    assert f"{channel!r} looks like Hounsfield units (down to -1000)" in warning and "name it 'CT'" in warning
+    assert not _plan(facts, "CT").warnings and not _plan(facts, channel, normalisation="zscore").warnings
+    assert not _plan(facts.model_copy(update={"overall": [TISSUE]}), channel).warnings
+
+
 def test_warnings_about_the_data() -> None:
     far = _plan(_facts(((60, 60, 60), (0.5, 1, 1)), ((60, 60, 60), (2, 1, 1))))
     assert "0.5 to 2 mm along x" in "".join(far.warnings)
@@ -118,7 +129,7 @@ def test_warnings_about_the_data() -> None:
     assert "empty label" in absent and "'organ' (1) is in no labelled case" in absent
     small = _plan(_facts(((90, 90, 90), (1, 1, 1)), ((20, 90, 90), (1, 1, 1))), patch=(96, 96, 96))
     assert "1 of 2 cases are smaller than the patch" in "".join(small.warnings)
-    assert not _plan(_facts(((95, 70, 44), (1, 1, 1)))).warnings
+    assert not _plan(_facts(((95, 70, 44), (1, 1, 1))), "CT").warnings
 
 
 def test_windows_cover_the_median_volume_at_half_overlap() -> None:
@@ -200,3 +211,16 @@ def test_plan_of_ct_files_takes_the_window_from_labelled_foreground(tmp_path: Pa
             write_image(inside, geometry, folder / "labelsTr" / f"{name}.nii.gz")
     _, plan = planned(folder, 1)
     assert (plan.normalisation[0].low, plan.normalisation[0].high) == (50, 50)
+
+
+def test_bad_files_are_told_together(tmp_path: Path) -> None:
+    names = [f"c{number:02d}" for number in range(15)]
+    folder = write_dataset(tmp_path / "d", labelled=names[:3], unlabelled=names[3:])
+    for name in names[1:]:
+        (folder / "imagesTr" / f"{name}_0000.nii.gz").write_text("no image")
+    dataset = load_dataset(folder)
+    with pytest.raises(
+        DataError, match=r"^14 of 15 cases cannot be used: .*c01_0000.*c10_0000.*; and 4 more$"
+    ) as caught:
+        fingerprint(dataset, make_split(dataset, 2, ["c02"]), tmp_path / "cache")
+    assert "c14_0000" not in str(caught.value)

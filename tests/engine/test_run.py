@@ -395,8 +395,12 @@ def test_the_number_of_workers_may_change_when_a_run_goes_on(data: Path, tmp_pat
 
 def test_more_validation_cases_than_pictures_give_the_same_pictures(tmp_path: Path) -> None:
     folder = tiny_dataset(tmp_path / "data", cases=8)
+    # A second label file of one name is warned of when the dataset is read, and in nobody's way afterwards.
+    sitk.WriteImage(
+        sitk.ReadImage(str(folder / "labelsTr" / "case_04.nii.gz")), str(folder / "labelsTr" / "case_04.nrrd")
+    )
     config = tiny_config(folder, val=[f"case_{i:02d}" for i in range(4, 8)], iterations=1)
-    train(config, tmp_path / "run")
+    assert any("case_04.nrrd" in warning for warning in train(config, tmp_path / "run").warnings)
     figures = {path.stem.split("_", 1)[0] for path in (tmp_path / "run" / "figures").glob("*.npz")}
     assert figures == {"best", "median", "worst"}
     for path in (tmp_path / "run" / "figures").glob("*.npz"):

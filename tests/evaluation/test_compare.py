@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import rankdata
 
+import scarceseg
 from scarceseg.config import Config, merge
 from scarceseg.data.catalogue import list_datasets
 from scarceseg.data.images import write_image
@@ -231,6 +232,22 @@ def test_what_makes_a_group(tmp_path: Path) -> None:
         "mean-teacher, 4 labels, mean-teacher.weight=0.1",
     ]
     assert [run.config.seed for run in comparison.groups[0].runs] == [0, 1, 2]
+
+
+def test_where_a_model_was_tuned_makes_no_group(tmp_path: Path) -> None:
+    runs = [
+        make_run(
+            tmp_path / str(seed),
+            seed=seed,
+            method="acmt+sfr+atlas+semisam",
+            terms={"sfr": {"tuned_in": f"runs/{seed}"}, "atlas": {"workers": seed + 1}, "semisam": {"remember": seed}},
+        )
+        for seed in range(2)
+    ]
+    (group,) = scarceseg.compare([str(run) for run in runs], json=str(tmp_path / "all.json")).groups
+    assert len(group.runs) == 2 and (tmp_path / "all.json").is_file()
+    other = make_run(tmp_path / "other", seed=2, method="acmt+sfr+atlas+semisam", terms={"sfr": {"tune_warmup": 7}})
+    assert len(compare([*runs, other]).groups) == 2
 
 
 def test_other_labelled_cases_are_another_group(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_json_and_csv_have_the_promised_form(folders: tuple[Path, Path], tmp_pat
     text = (tmp_path / "out" / "r.json").read_text()
     values = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert values == result.to_json()
-    assert list(values) == ["units", "cases", "mean", "failed"]
+    assert list(values) == ["units", "cases", "mean", "failed", "absent"]
     assert values["cases"]["b"]["2"] == {"dice": 0.0, "jaccard": 0.0, "asd": None, "assd": None, "hd95": None}
     assert values["failed"] == [{"case": "b", "class": "2", "reason": "empty prediction"}]
     others = [values["cases"][case]["2"]["hd95"] for case in ("a", "c")]
@@ -74,6 +74,32 @@ def test_json_and_csv_have_the_promised_form(folders: tuple[Path, Path], tmp_pat
     assert rows[0] == "case,class,dice,jaccard,asd,assd,hd95" and len(rows) == 7
     assert rows[4] == "b,2,0.0,0.0,,,"
     assert float(rows[1].split(",")[2]) == values["cases"]["a"]["1"]["dice"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_classes_in_neither_mask_are_counted(tmp_path: Path, named: bool) -> None:
+    empty, one = np.zeros((4, 4, 4), np.uint8), np.ones((4, 4, 4), np.uint8)
+    for case, predicted, expected in (("a", empty, empty), ("b", one, empty), ("c", one, one), ("d", empty, empty)):
+        put(tmp_path / "p", f"{case}.mha", predicted)
+        put(tmp_path / "data" / "labelsTr", f"{case}.mha", expected)
+    if named:
+        (tmp_path / "data" / "dataset.json").write_text('{"labels": {"background": 0, "1": 1, "tumour": 2}}')
+    result = evaluate(tmp_path / "p", tmp_path / "data" / "labelsTr")
+    assert result.absent == ({"1": 2, "tumour": 4} if named else {"1": 2}) == result.to_json()["absent"]
+    assert result.cases["a"]["1"]["dice"] == 1 and result.mean["1"]["dice"] == 0.75
+
+
+def test_references_may_be_named_one_by_one(folders: tuple[Path, Path]) -> None:
+    named = {case: folders[1] / f"{case}.nrrd" for case in "abc"}
+    put(folders[1], "a.nii.gz", labels(3))  # a second file of one name, in the folder alone
+    result = evaluate(folders[0], named)
+    assert list(result.cases) == ["a", "b", "c"] and not result.warnings
+    with pytest.raises(DataError, match="twice"):
+        evaluate(*folders)
+    with pytest.raises(DataError, match="1 of 3 predictions have no reference of the same name: c;"):
+        evaluate(folders[0], {case: named[case] for case in "ab"})
+    with pytest.raises(DataError, match="there are no references"):
+        evaluate(folders[0], {})
 
 
 def test_folders_may_be_texts(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,13 @@ def test_screen_shows_cases_means_and_failures() -> None:
     assert "HD95 [voxel]" in printed(result(units="voxel"))
     many = printed(result(30))
     assert "case[3]  " not in many and "30 cases" in many and "64.50" in many
+
+
+def test_screen_tells_of_classes_in_neither_mask() -> None:
+    found = replace(result(), absent={"heart": 0, "liver": 1})
+    told = "liver: absent in 1 of 2 cases"
+    assert told in printed(found) and "heart: absent" not in printed(found) and told in printed(found.to_json())
+    assert "absent" not in printed({key: value for key, value in found.to_json().items() if key != "absent"})
 
 
 def test_screen_without_any_class() -> None:

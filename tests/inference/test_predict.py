@@ -179,6 +179,46 @@ def test_probabilities_and_uncertainty_lie_on_the_input_and_agree(tmp_path: Path
     assert arrays[5][edge].min() > arrays[5][~edge & (arrays[0] == 0)].mean()
 
 
+def test_several_runs_give_the_mean_of_their_probabilities(tmp_path: Path) -> None:
+    runs = [save_threshold(tmp_path / f"run{i}", classes=3, spacing=s) for i, s in enumerate((1.3, 2.0, 1.0))]
+    source = put(scan(direction=rotation(6))[0], tmp_path / "in", ".nii.gz")
+    said: list[float] = []
+
+    def arrays(runs: Any, name: str) -> list[np.ndarray]:
+        written = predict(
+            runs,
+            [source],
+            tmp_path / name,
+            probabilities=True,
+            uncertainty=True,
+            on_progress=lambda done, *_: said.append(done),
+        )
+        return [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in written]
+
+    alone = [arrays(run, f"alone{i}") for i, run in enumerate(runs)]
+    said.clear()
+    label, *probability, uncertainty = arrays(runs, "all")
+    assert said == sorted(said) and said[-1] == 1
+    mean = np.mean([one[1:4] for one in alone], axis=0)
+    np.testing.assert_allclose(probability, mean, atol=1e-6)
+    np.testing.assert_array_equal(label, np.argmax(probability, axis=0))
+    assert any((label != one[0]).any() for one in alone)
+    entropy = -(mean * np.log(np.maximum(mean, 1e-30))).sum(0) / np.log(3)
+    np.testing.assert_allclose(uncertainty, entropy, atol=1e-4)
+    for once, again in zip(alone[0], arrays([runs[0]], "one"), strict=True):
+        np.testing.assert_array_equal(once, again)
+
+
+def test_runs_that_do_not_go_together_are_refused(run: Path, tmp_path: Path) -> None:
+    source = put(scan()[0], tmp_path / "in", ".nii.gz")
+    for settings, words in (({"classes": 3}, "the same classes"), ({"channels": 2}, "the same channels")):
+        other = save_threshold(tmp_path / "other", **settings)
+        with pytest.raises(RunError, match=f"{words} to average, got .*: predict with them one by one"):
+            predict([run, other], [source], tmp_path / "out", on_progress=silent)
+    with pytest.raises(RunError, match="no run to predict with"):
+        predict([], [source], tmp_path / "out", on_progress=silent)
+
+
 def test_uncertainty_reaches_both_ends(run: Path) -> None:
     geometry = Geometry((16, 16, 16), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
     predictor = Predictor(run, device="cpu")
@@ -199,6 +239,28 @@ def test_largest_component_is_an_option(run: Path, tmp_path: Path) -> None:
     )
     assert sitk.GetArrayFromImage(both).sum() > sitk.GetArrayFromImage(one).sum()
     assert np.abs(centroid(one) - centre).max() < 0.25 < np.abs(centroid(both) - centre).max()
+
+
+def test_the_largest_component_of_some_classes(run: Path, tmp_path: Path) -> None:
+    big, _ = scan(radius_mm=6)
+    small, _ = scan(at=(0.85, 0.1, 0.9), radius_mm=3)
+    source = put(sitk.Maximum(big, small), tmp_path / "in", ".nii.gz")
+    name = Predictor(run, device="cpu").classes[1]
+
+    def voxels(out: str, only: bool | str | list[str]) -> int:
+        (written,) = predict(run, [source], tmp_path / out, largest_component=only, on_progress=silent)
+        return int(sitk.GetArrayFromImage(sitk.ReadImage(str(written))).sum())
+
+    assert (
+        voxels("none", [])
+        == voxels("off", False)
+        > voxels("all", True)
+        == voxels("named", name)
+        == voxels("list", [name])
+    )
+    for wrong in ("bal", "background", [name, "spleen"]):
+        with pytest.raises(ConfigError, match=f"there is no class .*{name}"):
+            predict(run, [source], tmp_path / "wrong", largest_component=wrong, on_progress=silent)
 
 
 def test_a_bad_file_does_not_lose_the_others(run: Path, tmp_path: Path) -> None:
@@ -240,12 +302,46 @@ def test_an_input_is_never_replaced(run: Path, tmp_path: Path) -> None:
     assert source.read_bytes() == before
 
 
-def test_earlier_results_are_kept_when_told_so(run: Path, tmp_path: Path) -> None:
-    source = put(scan()[0], tmp_path / "in", ".nii.gz")
-    predict(run, [source], tmp_path / "out", on_progress=silent)
-    predict(run, [source], tmp_path / "out", on_progress=silent)
-    with pytest.raises(RunError, match="exists already"):
-        predict(run, [source], tmp_path / "out", overwrite=False, on_progress=silent)
+def test_earlier_results_are_replaced_skipped_or_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources, out = [put(scan()[0], tmp_path / "in", ".nii.gz", name) for name in "abc"], tmp_path / "out"
+    mine, after = predict(run, sources[:2], out, on_progress=silent)
+    whole = after.read_bytes()
+    mine.write_bytes(b"corrected by hand")
+    written = predict(run, sources, out, uncertainty=True, existing="skip", on_progress=silent)
+    assert [path.name for path in written] == [
+        f"{x}.nii.gz" for x in ("a_uncertainty", "b_uncertainty", "c", "c_uncertainty")
+    ]
+    assert mine.read_bytes() == b"corrected by hand" and after.read_bytes() == whole
+    capsys.readouterr()
+    (out / "b_uncertainty.nii.gz").unlink()
+    assert len(predict(run, sources, out, uncertainty=True, existing="skip", on_progress=silent)) == 1
+    assert "2 of 3 cases are done" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "predict_prepared", lambda *_: pytest.fail("worked before looking"))
+        assert predict(run, sources, out, existing="skip", on_progress=silent) == []
+        with pytest.raises(RunError, match=r"2 of 2 results exist already, such as .*a\.nii\.gz"):
+            predict(run, sources[:2], out, existing="refuse", on_progress=silent)
+        with pytest.raises(ConfigError, match="expected replace, skip, refuse, got 'keep'"):
+            predict(run, sources[:2], out, existing="keep", on_progress=silent)  # type: ignore[arg-type]
+    predict(run, sources, out, on_progress=silent)
+    assert mine.read_bytes() == whole
+
+
+def test_a_file_that_is_not_finished_is_not_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = put(scan()[0], tmp_path / "in", ".nii.gz"), tmp_path / "out"
+
+    def half(_image: sitk.Image, path: str, **_settings: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scarceseg.data.images.sitk.WriteImage", half)
+        with pytest.raises(KeyboardInterrupt):
+            predict(run, [source], out, on_progress=silent)
+    assert not (out / "scan.nii.gz").exists()
+    assert [path.name for path in predict(run, [source], out, existing="skip", on_progress=silent)] == ["scan.nii.gz"]
 
 
 def test_progress_goes_from_nothing_to_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ def evaluation(cases: list[str], classes: list[str], shift: float = 0.0, seed: i
         "cases": values,
         "mean": {name: {metric: mean(name, metric) for metric in METRICS} for name in classes},
         "failed": [{"case": cases[-1], "class": classes[0], "reason": "empty prediction"}],
+        "absent": {name: int(name == classes[-1]) for name in classes},
     }
 
 

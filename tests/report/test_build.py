@@ -94,6 +94,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "loss of sfr",
         "Dice on validation cases",
         "phantom_097, chamber: empty prediction",
+        "absent in 1 of 8 cases",
         "phantom_090 (best)",
         "phantom_003' is smaller than the patch",
         "2 × 2 × 2.5 mm",

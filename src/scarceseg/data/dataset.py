@@ -136,11 +136,15 @@ def load_dataset(folder: Path) -> Dataset:
     warnings = []
     if stray := sorted(labels - images.keys()):
         warnings.append(f"{folder / 'labelsTr'} has labels without an image, which are left out: {_some(stray)}")
-    if other := [name for name in listed if not name.endswith(ending) and image_suffix(Path(name))]:
-        warnings.append(
-            f"{folder / 'labelsTr'} has files that do not end in {ending} (file_ending of dataset.json) and are no labels "
-            f"therefore: {_some(other)}"
-        )
+    for part, kind, names in (
+        ("imagesTr", "images", _listing(folder / "imagesTr", missing_ok=False)),
+        ("labelsTr", "labels", listed),
+    ):
+        if other := [name for name in names if not name.endswith(ending) and image_suffix(Path(name))]:
+            warnings.append(
+                f"{folder / part} has files that do not end in {ending} (file_ending of dataset.json) and are no {kind} "
+                f"therefore: {_some(other)}"
+            )
     name = facts.get("name")
     return Dataset(
         folder,
@@ -271,7 +275,8 @@ def _classes(facts: dict[str, Any], path: Path) -> tuple[str, ...]:
         raise DataError(f"{path}: expected labels to give each class a whole number, got {labels!r}") from None
     if len(by_value) != len(labels) or sorted(by_value) != list(range(len(labels))):
         raise DataError(
-            f"{path}: expected labels numbered 0 (background), 1, 2 ... without gaps or repeats, got {labels!r}"
+            f"{path}: expected labels numbered 0 (background), 1, 2 ... without gaps or repeats, got {labels!r}; renumber "
+            "the classes, here and in the label files (docs/how-to/own-data.md shows how)"
         )
     if not 2 <= len(by_value) <= 255:
         raise DataError(f"{path}: expected 2 to 255 classes with the background, got {len(by_value)}")
@@ -323,7 +328,13 @@ def _group(folder: Path, ending: str, channels: int) -> dict[str, tuple[Path, ..
 def _check_groups(folder: Path, found: Mapping[str, Mapping[int, Path]], channels: int) -> None:
     for case, files in found.items():
         if sorted(files) != list(range(channels)):
-            have = ", ".join(f"_{channel:04d}" for channel in sorted(files))
+            have = _some([f"_{channel:04d}" for channel in sorted(files)])
+            if channels == 1:  # case names may just end in such a number
+                raise DataError(
+                    f"{folder}: case {case!r} needs the channel _0000 alone (channel_names of dataset.json), found {have}; the "
+                    "last four digits of a name are its channel: if they number your cases, add _0000 to every name "
+                    f"({case}_0001 becomes {case}_0001_0000), else correct channel_names or remove files"
+                )
             raise DataError(
                 f"{folder}: case {case!r} needs the channels _0000 to _{channels - 1:04d} (channel_names of "
                 f"dataset.json), found {have}; add the missing files or remove the case"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from scarceseg.data.cache import cache_folder, entry_path, load, store
 from scarceseg.data.dataset import Case, Dataset, Split, UnlabelledCase
 from scarceseg.data.geometry import orient_geometry
 from scarceseg.data.images import read_label, read_volume
-from scarceseg.errors import RunError
+from scarceseg.errors import DataError, RunError
 
 FACTS_VERSION = 1
 """Part of the cache key; goes up when the meaning of a case's facts changes."""
@@ -92,17 +93,19 @@ def fingerprint(dataset: Dataset, split: Split, cache: Path | None = None) -> Fi
         cache: folder; None is `cache_folder`.
 
     Raises:
-        DataError: a file cannot be used (see `images.read_volume` and `images.read_label`).
+        DataError: files cannot be used (see `images.read_volume` and `images.read_label`); those of all cases in one message.
     """
     classes, folder = range(len(dataset.classes)), cache or cache_folder()
     cases: list[Case | UnlabelledCase] = [*split.labelled, *split.unlabelled]
     with ThreadPoolExecutor(2, thread_name_prefix="fingerprint") as pool:
         try:
-            looks = list(pool.map(lambda case: _look(case, classes, folder), cases))
-            list(pool.map(lambda case: _check(case, classes), split.val))
+            found = list(pool.map(lambda case: _or_error(lambda: _look(case, classes, folder)), cases))
+            checked = list(pool.map(lambda case: _or_error(lambda: _check(case, classes)), split.val))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    looks = [look for look in found if not isinstance(look, DataError)]
+    _raise([error for error in (*found, *checked) if isinstance(error, DataError)], len(found) + len(checked))
     foreground = np.concatenate([samples for _, _, samples in looks], axis=1)
     return Fingerprint(
         cases=[facts for facts, _, _ in looks],
@@ -114,6 +117,28 @@ def fingerprint(dataset: Dataset, split: Split, cache: Path | None = None) -> Fi
 
 Look = tuple[CaseFacts, NDArray[np.float32], NDArray[np.float32]]
 """A case's facts, and samples ``[C, N]`` of its voxels and of its labelled foreground."""
+
+
+T = TypeVar("T")
+
+TOLD = 10
+"""Cases whose error is told; the rest is counted."""
+
+
+def _or_error(read: Callable[[], T]) -> T | DataError:
+    try:
+        return read()
+    except DataError as error:
+        return error
+
+
+def _raise(errors: Sequence[DataError], total: int) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        more = f"; and {len(errors) - TOLD} more" if len(errors) > TOLD else ""
+        listing = "; ".join(map(str, errors[:TOLD]))
+        raise DataError(f"{len(errors)} of {total} cases cannot be used: {listing}{more}")
 
 
 def _look(case: Case | UnlabelledCase, classes: range, folder: Path) -> Look:

@@ -32,6 +32,9 @@ BYTES_PER_VOXEL = 1400
 NETWORK_MB = 9_448_866 * 4 * 5 / 2**20
 """Weights, gradient, momentum, averaged copy and one spare of the same network."""
 
+AIR = -500
+"""Hounsfield units; a channel whose low percentile is below it is hardly an MRI."""
+
 
 class Normalisation(BaseModel):
     """How one channel's intensities are scaled.
@@ -247,6 +250,12 @@ def _choose_normalisation(
         if kind == "auto":
             words = re.split(r"[^a-z0-9]+", channel.lower())
             kind = "ct" if "ct" in words else "none" if "nonorm" in words else "zscore"
+            if kind == "zscore" and facts.overall[number].low < AIR:
+                warnings.append(
+                    f"channel {channel!r} looks like Hounsfield units (down to {facts.overall[number].low:.0f}) but is scaled "
+                    "volume by volume: name it 'CT' in channel_names of dataset.json (a word of its own, as in 'CT angio') for "
+                    "the window of CT, or say plan.normalisation=zscore"
+                )
         if kind != "ct":
             chosen.append(Normalisation(kind=kind))
             continue

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,10 +170,15 @@ def restore_label(probability: NDArray[np.float32], prepared: Geometry, original
 
     The same as ``restore(...).argmax(0)`` with the memory of two maps instead of K.
     """
-    winner = np.zeros(original.size, dtype=np.uint8)
-    best = _restore_one(probability[0], prepared, original)
-    for value, values in enumerate(probability[1:], start=1):
-        share = _restore_one(values, prepared, original)
+    return most_probable(_restore_one(values, prepared, original) for values in probability)
+
+
+def most_probable(maps: Iterable[NDArray[np.float32]]) -> LabelMap:
+    """The class of each voxel from one map a class, in their order; ties go to the lowest class."""
+    rest = iter(maps)
+    best = next(rest)
+    winner = np.zeros(best.shape, dtype=np.uint8)
+    for value, share in enumerate(rest, start=1):
         ahead = share > best
         winner[ahead] = value
         best = np.maximum(best, share)

@@ -168,9 +168,9 @@ def names_with_rank(names: list[str]) -> list[tuple[str, str]]:
 def _evaluate(folder: Path, cases: tuple[Case, ...], predictions: Path) -> list[str]:
     from scarceseg.evaluation.evaluate import evaluate
 
-    references = cases[0].label
-    assert references is not None
-    result = evaluate(predictions, references.parent, json=folder / "evaluation.json").to_json()
+    # Their own files, as the folder of labels may hold others that no dataset knows of.
+    references = {case.name: case.label for case in cases if case.label is not None}
+    result = evaluate(predictions, references, json=folder / "evaluation.json").to_json()
     score = {
         name: float(np.mean([metrics["dice"] for metrics in classes.values()]))
         for name, classes in result["cases"].items()

@@ -23,12 +23,12 @@ from scarceseg.evaluation.runs import EVALUATION, MeasuredRun, in_units, read_ru
 
 
 def compare(
-    runs: Sequence[Path],
+    runs: Sequence[Path | str],
     *,
-    baseline: str | None = None,
-    json: Path | None = None,
-    csv: Path | None = None,
-    html: Path | None = None,
+    baseline: Path | str | None = None,
+    json: Path | str | None = None,
+    csv: Path | str | None = None,
+    html: Path | str | None = None,
     units: Units | None = None,
     scores: str = EVALUATION,
 ) -> Comparison:
@@ -53,9 +53,11 @@ def compare(
     """
     if units is not None and units not in get_args(Units):
         raise ConfigError(f"units: expected {' or '.join(get_args(Units))}, got {units!r}")
-    measured, warnings = _read(runs, scores)
+    folders = [Path(run) for run in runs]
+    baseline = None if baseline is None else str(baseline)
+    measured, warnings = _read(folders, scores)
     if baseline is not None and not any(same_sum(run.method, baseline) for run in measured) and _is_run(baseline):
-        measured, warnings = _read([*runs, Path(baseline)], scores)
+        measured, warnings = _read([*folders, Path(baseline)], scores)
     chosen = _one_unit(measured, units)
     groups = _group(measured, chosen)
     comparison = Comparison(measured[0].dataset, measured[0].classes, chosen, groups, warnings=warnings)
@@ -64,13 +66,13 @@ def compare(
     _add_published(comparison)
     _add_warnings(comparison)
     if json is not None:
-        write_text(json, jsonlib.dumps(comparison.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(Path(json), jsonlib.dumps(comparison.to_json(), indent=1, allow_nan=False) + "\n")
     if csv is not None:
-        write_text(csv, to_csv(comparison))
+        write_text(Path(csv), to_csv(comparison))
     if html is not None:
         from scarceseg.report.compare import build_compare_report
 
-        build_compare_report(comparison, html)
+        build_compare_report(comparison, Path(html))
     return comparison
 
 

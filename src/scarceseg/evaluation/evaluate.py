@@ -30,15 +30,16 @@ from scarceseg.types import Geometry, LabelMap
 
 
 class _Score(NamedTuple):
-    """Metrics of one case, and the reason for each class of which just one mask is empty."""
+    """Metrics of one case, the reason for each class of which just one mask is empty, and the classes that are in neither."""
 
     metrics: ClassMetrics
     empty: dict[str, str]
+    absent: frozenset[str]
 
 
 def evaluate(
     predictions: Path | str,
-    references: Path | str,
+    references: Path | str | Mapping[str, Path],
     *,
     json: Path | str | None = None,
     csv: Path | str | None = None,
@@ -52,11 +53,12 @@ def evaluate(
     Every prediction needs a reference; a reference without prediction is left out with a warning. Probability and
     uncertainty files that `predict` wrote beside the masks are passed over. Label values are
     named by the ``dataset.json`` beside the folder of references (or in it) when there is one, otherwise by themselves.
-    A class that is in neither file of a case counts as two empty masks (Dice 1, distances 0).
+    A class that is in neither file of a case counts as two empty masks (Dice 1, distances 0); `EvaluationResult.absent` has how
+    many there are.
 
     Args:
         predictions: folder of label files, or one file.
-        references: folder of label files, or one file when `predictions` is one.
+        references: folder of label files, one file when `predictions` is one, or the label file of each case by its name.
         json: file to write the result to, in the form of `EvaluationResult.to_json`.
         csv: file to write one row a case and class to.
         units: "mm", or "voxel" for distances as in the published tables (spacing taken as 1).
@@ -75,8 +77,9 @@ def evaluate(
     _check_word("empty", empty, get_args(Empty))
     if wrong := [f"{name}: {value}" for name, value in (classes or {}).items() if not 1 <= value <= 255]:
         raise ConfigError(f"classes: expected label values of foreground classes, 1 to 255, got {wrong[0]}")
-    pairs, warnings = _pairs(Path(predictions), Path(references))
-    names = dict(classes) if classes is not None else _class_values(Path(references))
+    known = references if isinstance(references, Mapping) else Path(references)
+    pairs, warnings = _pairs(Path(predictions), known)
+    names = dict(classes) if classes is not None else _class_values(known)
 
     def score(case: str) -> _Score | DataError:
         try:
@@ -105,21 +108,26 @@ def _check_word(name: str, word: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected {' or '.join(known)}, got {word!r}")
 
 
-def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+def _pairs(predictions: Path, references: Path | Mapping[str, Path]) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
     """Prediction and reference file of each case, sorted by name, and warnings."""
-    if predictions.is_file() and references.is_file():
+    if isinstance(references, Mapping):
+        if not references:
+            raise DataError("there are no references: expected the label file of at least one case")
+        known, where = dict(references), ""
+    elif predictions.is_file() and references.is_file():
         return {_case_name(predictions): (predictions, references)}, []
     if not predictions.exists():
         raise DataError(f"there are no predictions at {predictions}: check the path")
-    if references.is_file():
-        raise DataError(
-            f"expected a folder of references for the folder {predictions}, got the file {references}; "
-            "give two folders or two files"
-        )
+    if not isinstance(references, Mapping):
+        if references.is_file():
+            raise DataError(
+                f"expected a folder of references for the folder {predictions}, got the file {references}; "
+                "give two folders or two files"
+            )
+        known, where = _label_files(references, "references"), f" in {references}"
     found = (
         {_case_name(predictions): predictions} if predictions.is_file() else _label_files(predictions, "predictions")
     )
-    known = _label_files(references, "references")
     maps = {name for name in found.keys() - known.keys() if _is_map(name, known)}
     found = {case: path for case, path in found.items() if case not in maps}
     if not found:
@@ -129,7 +137,7 @@ def _pairs(predictions: Path, references: Path) -> tuple[dict[str, tuple[Path, P
         )
     if missing := sorted(found.keys() - known.keys()):
         raise DataError(
-            f"{len(missing)} of {len(found)} predictions have no reference of the same name in {references}: "
+            f"{len(missing)} of {len(found)} predictions have no reference of the same name{where}: "
             f"{_some(missing)}; references are named like {next(iter(known))!r}: rename the predictions, or move what "
             "is none out of the folder"
         )
@@ -166,8 +174,9 @@ def _case_name(path: Path) -> str:
     return path.name[: -len(image_suffix(path) or "")] if image_suffix(path) else path.name
 
 
-def _class_values(references: Path) -> dict[str, int] | None:
+def _class_values(known: Path | Mapping[str, Path]) -> dict[str, int] | None:
     """Value of each foreground class by ``dataset.json`` beside or in the folder of references; None without one."""
+    references = next(iter(known.values())) if isinstance(known, Mapping) else known
     folder = references if references.is_dir() else references.parent
     path = next((p for p in (folder.absolute().parent / "dataset.json", folder / "dataset.json") if p.is_file()), None)
     if path is None:
@@ -211,7 +220,8 @@ def _score(
         metrics[name] = binary_metrics(p[box] == value, r[box] == value, spacing, empty)
         if (value in boxes_p) != (value in boxes_r):
             reasons[name] = "empty reference" if value in boxes_p else "empty prediction"
-    return _Score(metrics, reasons)
+    present = boxes_p.keys() | boxes_r.keys()
+    return _Score(metrics, reasons, frozenset(name for name, value in names.items() if value not in present))
 
 
 def _read_labels(path: Path) -> tuple[LabelMap, Geometry]:
@@ -255,17 +265,21 @@ def _summary(
     names: Mapping[str, int] | None,
 ) -> EvaluationResult:
     cases = {case: score.metrics for case, score in scores.items() if isinstance(score, _Score)}
+    nowhere = [score.absent for score in scores.values() if isinstance(score, _Score)]
     if names is None:
         # Values name themselves, so a class is known only once every case is read; absent from both files = both empty.
         seen = sorted({name for classes in cases.values() for name in classes}, key=int)
         nothing = np.zeros((1, 1, 1), dtype=bool)
-        absent = binary_metrics(nothing, nothing, (1, 1, 1))
-        cases = {case: {name: classes.get(name, dict(absent)) for name in seen} for case, classes in cases.items()}
+        neither = binary_metrics(nothing, nothing, (1, 1, 1))
+        nowhere = [frozenset(seen) - classes.keys() for classes in cases.values()]
+        cases = {case: {name: classes.get(name, dict(neither)) for name in seen} for case, classes in cases.items()}
     failed: list[Failure] = []
     for case, score in scores.items():
         reasons = {None: str(score)} if isinstance(score, DataError) else score.empty
         failed += [Failure(case, name, reason) for name, reason in reasons.items()]
-    return EvaluationResult(units, cases, mean_metrics(cases), tuple(failed), warnings)
+    mean = mean_metrics(cases)
+    absent = {name: sum(name in classes for classes in nowhere) for name in mean}
+    return EvaluationResult(units, cases, mean, tuple(failed), warnings, absent)
 
 
 def _raise_for_broken(result: EvaluationResult, count: int) -> None:

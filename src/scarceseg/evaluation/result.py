@@ -45,6 +45,7 @@ class EvaluationResult:
         mean: class -> metric, over the cases in which it is finite; NaN when there is none.
         failed: empty masks on one side (listed with ``empty="zero"`` too) and cases that could not be evaluated.
         warnings: what the user should know, such as references without a prediction. Not part of the JSON.
+        absent: class -> cases in which both masks are empty; they count as right in the means (Dice 1, distances 0).
     """
 
     units: Units
@@ -52,9 +53,10 @@ class EvaluationResult:
     mean: ClassMetrics
     failed: tuple[Failure, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    absent: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """``{"units", "cases": {id: {class: {metric}}}, "mean": {class: {metric}}, "failed": [...]}``.
+        """``{"units", "cases": {id: {class: {metric}}}, "mean": {class: {metric}}, "failed": [...], "absent": {class: n}}``.
 
         Undefined numbers are ``null``, since JSON has no NaN. An entry of ``failed`` is
         ``{"case", "class", "reason"}``, ``class`` being ``null`` when the whole case could not be evaluated.
@@ -64,6 +66,7 @@ class EvaluationResult:
             "cases": {case: _nullable(classes) for case, classes in self.cases.items()},
             "mean": _nullable(self.mean),
             "failed": [failure.to_json() for failure in self.failed],
+            "absent": dict(self.absent),
         }
 
 

@@ -24,6 +24,8 @@ from scarceseg.methods.base import build_options
 EVALUATION = "evaluation.json"
 NOT_COMPARED = {"dataset", "val", "method", "terms", "labeled", "seed", "memory_format"} | FREE
 """Settings that are compared in another form (cases by their names, terms with their defaults), or not at all."""
+FREE_OPTIONS = {"tuned_in", "workers", "remember"}
+"""Options of terms that say where and how fast something is computed, and not what."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,14 @@ def _settings(config: Config, names: Iterable[str]) -> dict[str, Any]:
         with suppress(ConfigError):  # a term that is no longer there, or not with this option
             terms[name] = build_options(METHODS.get(name), name, terms[name]).model_dump(mode="json")
     values = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_COMPARED}
-    return _flat(values | {"terms": terms})
+    flat = _flat(values | {"terms": terms})
+    return {key: value for key, value in flat.items() if not _is_free(key)}
+
+
+def _is_free(key: str) -> bool:
+    """Whether a dotted key is an option of a term that no comparison looks at."""
+    group, _, name = key.rpartition(".")
+    return group.startswith("terms.") and name in FREE_OPTIONS
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -55,10 +55,24 @@ def print_evaluation(result: EvaluationResult | Json, console: Console | None = 
     console.print(table)
     if len(rows) > ROWS_ON_SCREEN:
         console.print(f"{len(values['cases'])} cases; their own values are in the JSON and CSV files")
+    for name, count in absent_classes(values).items():
+        console.print(f"{name}: {absent_words(count, len(values['cases']))}", markup=False, highlight=False)
     _print_failures(values, console)
     if isinstance(result, EvaluationResult):
         for warning in result.warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def absent_classes(values: Json) -> dict[str, int]:
+    """Classes that are in neither mask of some cases, and of how many; none in results that are older than this count."""
+    return {name: count for name, count in values.get("absent", {}).items() if count}
+
+
+def absent_words(count: int, cases: int) -> str:
+    """What such cases do to a mean."""
+    return (
+        f"absent in {count} of {cases} cases, in the reference and the prediction; they count as Dice 1 and distance 0"
+    )
 
 
 def _print_failures(values: Json, console: Console) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from scarceseg.data.images import output_suffix, write_image
-from scarceseg.errors import DataError, RunError
+from scarceseg.errors import ConfigError, DataError, RunError, near_matches
 from scarceseg.inference.components import largest_component
-from scarceseg.inference.prediction import Prediction
+from scarceseg.inference.prediction import Maps
+
+Existing = Literal["replace", "skip", "refuse"]
+"""What becomes of results of an earlier call."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Job:
         label: file for the mask.
         probabilities: a file for every class, or none at all.
         uncertainty: file for the uncertainty, or None.
+        kept: those of its files that are there already and stay as they are.
     """
 
     name: str
@@ -31,11 +36,17 @@ class Job:
     label: Path
     probabilities: tuple[Path, ...]
     uncertainty: Path | None
+    kept: frozenset[Path] = frozenset()
 
     @property
     def outputs(self) -> list[Path]:
-        """All files it writes."""
+        """All files that belong to it."""
         return [self.label, *self.probabilities, *([self.uncertainty] if self.uncertainty else [])]
+
+    @property
+    def missing(self) -> list[Path]:
+        """The files it writes."""
+        return [path for path in self.outputs if path not in self.kept]
 
 
 def plan_jobs(
@@ -44,14 +55,17 @@ def plan_jobs(
     out: Path,
     probabilities: bool,
     uncertainty: bool,
-    overwrite: bool,
+    existing: Existing,
 ) -> list[Job]:
-    """Name the files of every case.
+    """Name the files of every case; with `existing` "skip" a job may have nothing left to write.
 
     Raises:
+        ConfigError: `existing` is none of its words.
         DataError: a result would replace an input, or two results have one name.
-        RunError: a result is there already and `overwrite` is off.
+        RunError: results are there already and `existing` is "refuse".
     """
+    if existing not in get_args(Existing):
+        raise ConfigError(f"existing: expected {', '.join(get_args(Existing))}, got {existing!r}")
     words = _file_words(classes) if probabilities else []
     jobs = []
     for name, inputs in cases:
@@ -75,9 +89,34 @@ def plan_jobs(
                 raise DataError(
                     f"the cases {owner[path]!r} and {job.name!r} would both write {path}: rename one of them"
                 )
-            if path.exists() and not overwrite:
-                raise RunError(f"{path} exists already: choose another folder, or allow overwriting")
-    return jobs
+    there = [path for path in owner if path.exists()]
+    if there and existing == "refuse":
+        raise RunError(
+            f"{len(there)} of {len(owner)} results exist already, such as {there[0]}: choose another folder, keep them "
+            "(skip) or have them replaced (replace)"
+        )
+    return [replace(job, kept=frozenset(job.outputs) & set(there)) for job in jobs] if existing == "skip" else jobs
+
+
+def classes_named(names: bool | str | Sequence[str], classes: Sequence[str]) -> frozenset[int] | None:
+    """Indices of the classes that are named, or None for every class but the background.
+
+    Args:
+        names: of foreground classes, also as one text with commas between them; True is all, False none.
+        classes: of the network.
+
+    Raises:
+        ConfigError: a name is not among them.
+    """
+    if isinstance(names, bool):
+        return None if names else frozenset()
+    wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    known = {name: index for index, name in enumerate(classes) if index}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ConfigError(
+            f"largest component: there is no class {unknown[0]!r} to clean: {near_matches(unknown[0], known)}"
+        )
+    return frozenset(known[name] for name in wanted)
 
 
 def open_folder(out: Path) -> None:
@@ -96,19 +135,21 @@ def open_folder(out: Path) -> None:
         ) from None
 
 
-def write_job(job: Job, prediction: Prediction, clean: bool) -> list[Path]:
-    """Write the files of a case; `clean` keeps the largest component of each class in the mask.
+def write_job(job: Job, prediction: Maps, clean: Collection[int] | None) -> list[Path]:
+    """Write the files of a case that are missing, each in one piece; `clean` as `largest_component` has its classes.
 
     Raises:
         RunError: a file cannot be written.
     """
-    label = largest_component(prediction.label) if clean else prediction.label
-    write_image(label, prediction.geometry, job.label)
+    missing = job.missing
+    if job.label in missing:
+        write_image(largest_component(prediction.label, clean), prediction.geometry, job.label)
     for index, path in enumerate(job.probabilities):
-        write_image(prediction.probability_of(index), prediction.geometry, path)
-    if job.uncertainty is not None:
+        if path in missing:
+            write_image(prediction.probability_of(index), prediction.geometry, path)
+    if job.uncertainty in missing and job.uncertainty is not None:
         write_image(prediction.uncertainty, prediction.geometry, job.uncertainty)
-    return job.outputs
+    return missing
 
 
 def _file_words(classes: Sequence[str]) -> list[str]:

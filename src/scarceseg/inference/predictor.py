@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
@@ -18,10 +19,10 @@ from scarceseg.engine.logging import Display
 from scarceseg.engine.parallel import gathered, local_rank, meet, processes, rank
 from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError, DataError, RunError
-from scarceseg.inference.export import Job, open_folder, plan_jobs, write_job
+from scarceseg.inference.export import Existing, Job, classes_named, open_folder, plan_jobs, write_job
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.inference.orientations import MeanOverOrientations
-from scarceseg.inference.prediction import Prediction, Prepared
+from scarceseg.inference.prediction import MeanPrediction, Prediction, Prepared
 from scarceseg.inference.sliding import sliding_window
 from scarceseg.types import Geometry, Volume
 
@@ -183,19 +184,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def predict(
-    run: Path | str,
+    run: Path | str | Sequence[Path | str],
     inputs: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
     probabilities: bool = False,
     uncertainty: bool = False,
-    largest_component: bool = False,
+    largest_component: bool | str | Sequence[str] = False,
     legacy: bool = False,
     whole: bool = False,
     tta: bool = False,
     batch: int = 4,
     device: str = "auto",
-    overwrite: bool = True,
+    existing: Existing = "replace",
     on_progress: Callable[[float, int, str], None] | None = None,
 ) -> list[Path]:
     """Segment image files; every result has the size, spacing, origin and direction of its input, and its format.
@@ -206,13 +207,16 @@ def predict(
     ``torchrun``, each process takes every W-th case.
 
     Args:
-        run: folder with ``model.json`` and ``model.safetensors``.
+        run: folder with ``model.json`` and ``model.safetensors``, or several: the mean of their class probabilities is taken
+            on the grid of each input. Their channels and classes have to be the same, spacing and network may differ.
         inputs: image files, folders of images or DICOM folders.
         out: folder for the results, made if it is missing.
         probabilities, uncertainty: write these maps too.
-        largest_component: keep the largest connected piece of each class in the mask; the maps stay as they are.
+        largest_component: keep the largest connected piece in the mask, of every class or of those named; the maps stay as they
+            are. Of paired organs that are one class it keeps one.
         legacy, whole, tta, batch, device: see `Predictor`.
-        overwrite: replace results of an earlier call; inputs are never replaced.
+        existing: "replace" results of an earlier call, "skip" them (a case with some of its files gets the others) or "refuse"
+            to begin; a file is there as a whole or not at all. Inputs are never replaced.
         on_progress: called with the cases done (a fraction counts the current one's windows), their number, and the
             current name; None shows a progress bar.
 
@@ -220,21 +224,32 @@ def predict(
         The files written, in the order of the cases.
 
     Raises:
-        RunError: the run or the device cannot be used, or `out` cannot be written.
+        ConfigError: a class of `largest_component` that the network does not have, or options that exclude each other.
+        RunError: a run or the device cannot be used, runs do not go together, `out` cannot be written, or results are there and
+            `existing` refuses.
         DataError: nothing to predict; or, after all others are done, the list of the cases that failed.
     """
-    predictor = Predictor(run, device=device, legacy=legacy, whole=whole, tta=tta, batch=batch)
+    runs = [run] if isinstance(run, str | Path) else run
+    predictors = [Predictor(one, device=device, legacy=legacy, whole=whole, tta=tta, batch=batch) for one in runs]
+    _check_alike(predictors)
+    predictor = predictors[0]
     entries = [inputs] if isinstance(inputs, str | Path) else inputs
     found = list_images([Path(entry) for entry in entries], len(predictor.plan.channels))
-    jobs = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, overwrite)[rank() :: processes()]
+    clean = classes_named(largest_component, predictor.classes)
+    planned = plan_jobs(found, predictor.classes, Path(out), probabilities, uncertainty, existing)
     open_folder(Path(out))
+    left = [job for job in planned if job.missing]
+    if len(left) < len(planned) and rank() == 0:
+        done = f"{len(planned) - len(left)} of {len(planned)} cases are done"
+        print(f"skip: {done} in {out} and stay as they are", file=sys.stderr, flush=True)
+    jobs = left[rank() :: processes()]
     meet(cuda=False, patience=timedelta(days=30))  # who has done its share waits for the others, however long that is
     written: list[Path] = []
     failed: dict[str, str] = {}
     with ExitStack() as stack:
         if jobs:
             report = on_progress or _bar(stack.enter_context(Display("predict", 0, len(jobs))))
-            written, failed = _run_jobs(predictor, jobs, largest_component, report)
+            written, failed = _run_jobs(predictors, jobs, clean, report)
     # A process that ends with an error ends the others, so that all wait for the last one.
     everything = gathered((len(jobs), failed))
     total, failed = sum(count for count, _ in everything), dict(ChainMap(*(part for _, part in everything)))
@@ -247,18 +262,38 @@ def predict(
     return written
 
 
+def _check_alike(predictors: Sequence[Predictor]) -> None:
+    if not predictors:
+        raise RunError("there is no run to predict with: name one, or several")
+    first = predictors[0]
+    for other in predictors[1:]:
+        for what, a, b in (
+            ("channels", first.plan.channels, other.plan.channels),
+            ("classes", first.classes, other.classes),
+        ):
+            if a != b:
+                raise RunError(
+                    f"expected runs with the same {what} to average, got {', '.join(a)} in {first.run} and {', '.join(b)} in "
+                    f"{other.run}: predict with them one by one"
+                )
+
+
 def _run_jobs(
-    predictor: Predictor, jobs: Sequence[Job], clean: bool, on_progress: Callable[[float, int, str], None]
+    predictors: Sequence[Predictor],
+    jobs: Sequence[Job],
+    clean: Collection[int] | None,
+    on_progress: Callable[[float, int, str], None],
 ) -> tuple[list[Path], dict[str, str]]:
     """Three stages side by side: the next case is read and prepared, one is in the network, the last one is written."""
     written: list[Path] = []
     failed: dict[str, str] = {}
 
-    def load(job: Job) -> Prepared:
-        return predictor.prepare(*read_volume(job.inputs))
+    def load(job: Job) -> list[Prepared]:
+        volume = read_volume(job.inputs)
+        return [predictor.prepare(*volume) for predictor in predictors]
 
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-        coming: Future[Prepared] | None = reader.submit(load, jobs[0])
+        coming: Future[list[Prepared]] | None = reader.submit(load, jobs[0])
         leaving: Future[list[Path]] | None = None
         try:
             for number, job in enumerate(jobs):
@@ -266,14 +301,12 @@ def _run_jobs(
                 ready, coming = coming, None
                 coming = reader.submit(load, jobs[number + 1]) if number + 1 < len(jobs) else None
                 try:
-                    prediction = predictor.predict_prepared(
-                        ready.result(), _within(on_progress, number, len(jobs), job.name)
-                    )
+                    prediction = _ask(predictors, ready.result(), _within(on_progress, number, len(jobs), job.name))
                     if not prediction.is_number:
                         raise DataError(
                             "the network's output for this volume is not a number everywhere: expected probabilities; look "
                             "at its intensities beside those of the training volumes"
-                            + (", or predict with --device cpu" if predictor.device.type != "cpu" else "")
+                            + (", or predict with --device cpu" if predictors[0].device.type != "cpu" else "")
                         )
                 except DataError as error:
                     failed[job.name] = str(error)
@@ -290,6 +323,20 @@ def _run_jobs(
             reader.shutdown(wait=False, cancel_futures=True)
             raise
     return written, failed
+
+
+def _ask(
+    predictors: Sequence[Predictor], volumes: Sequence[Prepared], progress: Callable[[int, int], None]
+) -> Prediction | MeanPrediction:
+    """One network after the other, the mean where there are several."""
+    parts = []
+    for number, (predictor, volume) in enumerate(zip(predictors, volumes, strict=True)):
+
+        def within(windows: int, of: int, before: int = number) -> None:
+            progress(before * of + windows, len(predictors) * of)
+
+        parts.append(predictor.predict_prepared(volume, within))
+    return parts[0] if len(parts) == 1 else MeanPrediction(tuple(parts), volumes[0].original)
 
 
 def _bar(display: Display) -> Callable[[float, int, str], None]:

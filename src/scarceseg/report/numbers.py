@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from scarceseg.evaluation.metrics import METRICS
 from scarceseg.evaluation.published import beside, find_benchmark, row_metrics, same_sum, split_note, summands
-from scarceseg.evaluation.tables import HEADERS, OVERLAPS, class_average
+from scarceseg.evaluation.tables import HEADERS, OVERLAPS, absent_classes, absent_words, class_average
 from scarceseg.report.charts import Group, box_plot
 from scarceseg.report.folder import RunRecord
 
@@ -52,6 +52,7 @@ def metrics_section(record: RunRecord) -> dict[str, Any] | None:
         "cases": cases,
         "undefined": undefined,
         "failed": failed,
+        "absent": [f"{name}: {absent_words(n, len(result['cases']))}" for name, n in absent_classes(result).items()],
         "charts": [chart for chart in (_box(result, "dice"), _box(result, "hd95")) if chart],
     }
 
