@@ -17,8 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "src" / "scarceseg"
 
 # What every trained network and its score depend on; messages, commands and reports are left out on purpose.
-TRAINING = ("data/prepare.py", "data/sampling.py", "engine/loop.py", "engine/seeds.py", "engine/statistics.py", "engine/step.py",
-            "inference/sliding.py", "networks/vnet.py", "methods/supervised.py")  # fmt: skip
+TRAINING = ("data/prepare.py", "data/sampling.py", "engine/loop.py", "seeds.py", "engine/statistics.py", "engine/step.py",
+            "functional/sliding.py", "networks/vnet.py", "methods/supervised.py")  # fmt: skip
 # Folders in which imports are followed from there and from the terms of a method.
 INTERFACES = {"foundation/base.py"}
 FOLLOWED = (
@@ -30,7 +30,7 @@ FOLLOWED = (
     "data/augment.py",
     "data/crop.py",
     "data/whole.py",
-    "engine/ema.py",
+    "networks/ema.py",
 )
 
 # What clicks on tiny-sam3d do depends on: the weights are part of it.
@@ -42,7 +42,7 @@ CLICKS = (
 )
 
 # What the speed of inference, and of what stands beside the training step, depends on.
-INFERENCE = ("inference/sliding.py", "inference/predictor.py", "networks/vnet.py", "data/prepare.py")
+INFERENCE = ("functional/sliding.py", "inference/predictor.py", "networks/vnet.py", "data/prepare.py")
 PIPELINE = {
     "loader": ("data/sampling.py", "data/augment.py", "data/crop.py"),
     "labels": ("foundation/tiny_sam.py", "foundation/tiny_sam3d_tuned.py", "foundation/tiny_sam3d_net.py"),
@@ -77,7 +77,7 @@ def step_code(method: str) -> tuple[str, ...]:
         "data/augment.py",
         "data/crop.py",
         "engine/statistics.py",
-        "inference/sliding.py",
+        "functional/sliding.py",
     )
     return tuple(part for part in training_code(method) if part not in beside)
 

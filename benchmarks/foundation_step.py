@@ -23,7 +23,6 @@ from torch import nn
 from common import provenance, save
 from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import build_optimizer
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.engine.step import place, train_step
 from scarceseg.foundation.base import Tuning
 from scarceseg.foundation.load import load_foundation
@@ -31,6 +30,7 @@ from scarceseg.methods import build_terms, semisam
 from scarceseg.methods.base import Term
 from scarceseg.methods.semisam import SemiSam
 from scarceseg.networks import build_network
+from scarceseg.networks.selftest import to_memory_format
 from scarceseg.types import Labelled, Unlabelled
 from tables import FOUNDATION_STEP
 

@@ -19,10 +19,10 @@ import torch
 from common import INFERENCE, provenance, save
 from scarceseg.data.dataset import load_dataset
 from scarceseg.data.images import read_label, read_volume
-from scarceseg.engine.selftest import to_memory_format
+from scarceseg.functional.sliding import count_windows, sliding_window
 from scarceseg.inference.predictor import Predictor
-from scarceseg.inference.sliding import count_windows, sliding_window
 from scarceseg.networks import build_network
+from scarceseg.networks.selftest import to_memory_format
 from table_runs import dice
 
 STRIDE = (18, 18, 4)

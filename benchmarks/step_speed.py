@@ -19,10 +19,10 @@ from torch import nn
 from common import processor, provenance, save, step_code
 from scarceseg.config import OptimConfig
 from scarceseg.engine.loop import build_optimizer
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.engine.step import as_called, place, train_step
 from scarceseg.methods import build_terms
 from scarceseg.networks import build_network
+from scarceseg.networks.selftest import to_memory_format
 from scarceseg.types import Labelled, Unlabelled
 
 

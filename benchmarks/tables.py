@@ -26,7 +26,7 @@ SEMISAM_PROMPTS = ("methods/semisam.py", "functional/reliability.py", "foundatio
 FOUNDATION_STEP = (
     "engine/loop.py",
     "engine/step.py",
-    "engine/ema.py",
+    "networks/ema.py",
     "networks/vnet.py",
     "methods",
     "foundation",

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "scarceseg"
 
 LAYERS = (
     {"errors", "types"},
-    {"registry", "config"},
+    {"registry", "config", "files", "seeds"},
     {"functional"},
     {"data"},
     {"networks", "atlas", "settings"},
@@ -21,22 +21,15 @@ LAYERS = (
     {"evaluation"},
     {"report"},
     {"active"},
-    {"benchmark", "demo"},
+    {"benchmark", "demo", "show"},
     {"cli"},
     {"pretrain", "__main__"},
 )
 """What stands higher may import what stands lower, and every folder itself."""
 
 KNOWN = {
-    ("data", "engine"),  # seeds
-    ("data", "methods"),  # show: what a config means for a dataset
-    ("data", "networks"),
-    ("foundation", "engine"),  # writing files whole or not at all
-    ("foundation", "inference"),  # largest component
-    ("methods", "engine"),  # the teacher that follows the student, seeds, files
-    ("methods", "inference"),
     ("methods", "report"),  # pictures of prompts
-    ("engine", "inference"),  # sliding window, the saved model
+    ("engine", "inference"),  # the saved model, and predictions with it
     ("engine", "evaluation"),  # validation at the end of a run
     ("engine", "report"),
     ("evaluation", "report"),  # the page of a comparison

@@ -82,7 +82,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show what training on a dataset would use: spacing, patch, memory, and warnings about the data."""
-    from scarceseg.data.show import plan_dataset, print_plan
+    from scarceseg.show import plan_dataset, print_plan
 
     made = plan_dataset(
         _config(

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from scarceseg.errors import ConfigError, near_matches
 from scarceseg.types import Augment
 
+FREE = frozenset({"device", "checkpoint_every", "log_every", "validate_every", "terms.atlas.workers"})
+"""Settings that do not change what is computed, only where and how often it is told; `select: best` chooses among validations."""
+
 
 class Section(BaseModel):
     """A group of settings; an unknown key is an error, so that a typing slip never passes silently."""

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError
 from scarceseg.networks import NETWORKS, EncoderDecoder, SegmentationNetwork, build_network, divisor_of
+from scarceseg.networks.selftest import to_memory_format
 
 # Arguments that keep a network small here. A network without an entry is tested as it comes.
 SMALL: dict[str, dict[str, Any]] = {"vnet": {"n_filters": 2}, "unet3d": {"feature_scale": 32}}

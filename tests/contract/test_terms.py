@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from scarceseg.config import OptimConfig
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.step import as_called, forward_step, train_step
 from scarceseg.methods import METHODS, Term, build_terms
 from scarceseg.methods.base import Parts
 from scarceseg.methods.semisam import SemiSam
 from scarceseg.networks import build_network
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.foundation.stub import Stub
 

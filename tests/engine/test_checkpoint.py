@@ -11,9 +11,10 @@ import torch
 
 from scarceseg import cli
 from scarceseg.engine import run as run_module
-from scarceseg.engine.checkpoint import load_checkpoint, save_checkpoint, write_atomic, write_text
+from scarceseg.engine.checkpoint import load_checkpoint, save_checkpoint
 from scarceseg.engine.logging import RunLog
 from scarceseg.errors import RunError
+from scarceseg.files import write_atomic, write_text
 from tests.tiny import tiny_dataset
 
 
@@ -87,7 +88,7 @@ def test_seeds_do_not_depend_on_what_was_drawn_before() -> None:
     torch.rand(100)
     run_module.seed_init(3)
     assert torch.equal(first, torch.rand(2))
-    from scarceseg.engine.seeds import seed_step
+    from scarceseg.seeds import seed_step
 
     draws = {}
     for t in (0, 1, 0):

@@ -23,20 +23,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scarceseg.config import Config, OptimConfig
-from scarceseg.data.show import plan_dataset
 from scarceseg.engine import machine as machine_module
 from scarceseg.engine import run as run_module
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.logging import RunLog
 from scarceseg.engine.loop import build_optimizer, own_parameters
 from scarceseg.engine.machine import stop_signals
 from scarceseg.engine.run import _useless, train
 from scarceseg.engine.validation import Validation
 from scarceseg.errors import ConfigError, DataError, Interrupted, RunError
+from scarceseg.files import write_text
 from scarceseg.foundation.tiny_sam import save_tiny_sam
 from scarceseg.methods import build_terms
 from scarceseg.methods.base import METHODS, Term
 from scarceseg.methods.models import settle_foundations, with_places
+from scarceseg.show import plan_dataset
 from scarceseg.types import Step
 from tests.foundation.small import small_sam
 from tests.tiny import tiny_config, tiny_dataset

@@ -17,7 +17,6 @@ from scarceseg.data import sampling as sampling_module
 from scarceseg.data import whole as whole_module
 from scarceseg.data.whole import CurvedSlices
 from scarceseg.engine import run as run_module
-from scarceseg.engine import selftest as selftest_module
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.run import train
@@ -32,6 +31,7 @@ from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels
 from scarceseg.methods.sfr import Sfr, SfrOptions
 from scarceseg.methods.sfr_plus import SfrPlus, SfrPlusOptions
+from scarceseg.networks import selftest as selftest_module
 from scarceseg.networks.vnet import VNet
 from scarceseg.types import Unlabelled
 from tests.engine.test_run import lines, same

@@ -20,11 +20,11 @@ from scarceseg.config import NetworkConfig
 from scarceseg.data.images import read_image, read_volume
 from scarceseg.data.plan import Normalisation, Plan
 from scarceseg.errors import RunError
+from scarceseg.functional.sliding import count_windows
 from scarceseg.inference.export_bundle import inference
 from scarceseg.inference.export_model import export_model
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.inference.predictor import Predictor, predict
-from scarceseg.inference.sliding import count_windows
 from scarceseg.networks import build_network
 from tests.inference.scans import plan, rotation, scan
 

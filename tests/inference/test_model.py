@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from scarceseg.config import NetworkConfig
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import RunError
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.networks import build_network
+from scarceseg.networks.selftest import to_memory_format
 from tests.inference.scans import plan
 
 

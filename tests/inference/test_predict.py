@@ -12,10 +12,10 @@ import torch
 
 from scarceseg.data.images import read_volume
 from scarceseg.errors import ConfigError, DataError, RunError
+from scarceseg.functional.sliding import sliding_window
 from scarceseg.inference import model as model_module
 from scarceseg.inference.export import _file_words
 from scarceseg.inference.predictor import Predictor, pick_device, predict
-from scarceseg.inference.sliding import sliding_window
 from scarceseg.types import Geometry
 from tests.inference.scans import THRESHOLD, Threshold, centroid, overlap, rotation, save_threshold, scan, write_series
 

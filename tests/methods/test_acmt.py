@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.errors import ConfigError
 from scarceseg.functional.ambiguity import confident_class, confident_joint, label_issues, nearest_prototype
 from scarceseg.methods import build_terms
 from scarceseg.methods.acmt import AcMt
 from scarceseg.networks import build_network
 from scarceseg.networks.base import EncoderDecoder
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.reference import consistency as oracle
 from tests.reference.losses import softmax

@@ -14,13 +14,13 @@ from torch import nn
 
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.engine import run as run_module
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.engine.run import train
 from scarceseg.engine.step import forward_step
 from scarceseg.errors import Interrupted, RunError
-from scarceseg.inference.components import largest_component
+from scarceseg.functional.components import largest_component
 from scarceseg.methods import build_terms
 from scarceseg.methods.bcp import Bcp, CopyPaste, cuboid
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import Labelled, Unlabelled
 from tests.reference import consistency as oracle
 from tests.tiny import tiny_config, tiny_dataset

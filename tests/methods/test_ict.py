@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.methods import build_terms
 from scarceseg.methods.ict import Ict, beta
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.reference import consistency as oracle
 

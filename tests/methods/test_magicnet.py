@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.engine.step import forward_step
 from scarceseg.errors import ConfigError
 from scarceseg.functional.cubes import CubeGrid
 from scarceseg.methods import build_terms
 from scarceseg.methods.magicnet import MagicNet
 from scarceseg.networks import build_network
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import Step
 from tests.methods.small import Pointwise, Scripted, random_step
 from tests.reference import decoders as oracle

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from scarceseg.data.show import plan_dataset
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
 from scarceseg.methods import build_terms, parse_method
 from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.mean_teacher import MeanTeacher
 from scarceseg.methods.supervised import Supervised
+from scarceseg.networks.ema import EmaTeacher
+from scarceseg.show import plan_dataset
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.reference import losses as oracle
 from tests.tiny import tiny_config, tiny_dataset

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from scarceseg.data.show import plan_dataset
 from scarceseg.engine.run import train
 from scarceseg.errors import ConfigError
 from scarceseg.networks import NETWORKS, SegmentationNetwork, build_network, divisor_of
 from scarceseg.networks.base import EncoderDecoder, channels_of, sides_of
+from scarceseg.show import plan_dataset
 from tests.tiny import tiny_config, tiny_dataset
 
 

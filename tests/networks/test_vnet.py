@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError
 from scarceseg.networks.base import build_network
+from scarceseg.networks.selftest import to_memory_format
 from scarceseg.networks.vnet import VNet
 
 CASES = ["vnet_f4_a", "vnet_f2_multiclass"]

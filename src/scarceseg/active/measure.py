@@ -17,7 +17,7 @@ from scarceseg.config import Config
 from scarceseg.data.cache import entry_path, load, store
 from scarceseg.data.dataset import Case, UnlabelledCase
 from scarceseg.data.prepare import PreparedCase
-from scarceseg.engine.checkpoint import write_atomic
+from scarceseg.files import write_atomic
 from scarceseg.inference.prediction import Prepared
 from scarceseg.inference.predictor import Predictor
 from scarceseg.methods.base import build_terms

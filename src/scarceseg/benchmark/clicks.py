@@ -25,8 +25,8 @@ from scarceseg.data.geometry import respace
 from scarceseg.data.images import read_label, read_volume
 from scarceseg.data.plan import resampling_plan
 from scarceseg.data.prepare import prepare_label, prepare_volume
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import ConfigError, DataError
+from scarceseg.files import write_text
 from scarceseg.foundation.base import Embedding, Masks, Promptable
 from scarceseg.foundation.clicks import Style, next_click
 from scarceseg.foundation.load import load_foundation

@@ -19,7 +19,7 @@ from threadpoolctl import ThreadpoolController
 
 from scarceseg.data.augment import deform
 from scarceseg.data.crop import crop_padded, padded_size
-from scarceseg.engine.seeds import rng
+from scarceseg.seeds import rng
 from scarceseg.types import IGNORE_LABEL, Augment, Labelled, LabelMap, Unlabelled, Volume
 
 Array = NDArray[Any]

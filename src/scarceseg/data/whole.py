@@ -11,7 +11,7 @@ import torch
 
 from scarceseg.data.augment import bend, contrast, curve_slices
 from scarceseg.data.sampling import Batch, Source, made_ahead
-from scarceseg.engine.seeds import rng
+from scarceseg.seeds import rng
 from scarceseg.types import Labelled
 
 

@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 
-from scarceseg.config import Config
-from scarceseg.engine.checkpoint import write_text
+from scarceseg.config import FREE, Config
 from scarceseg.engine.parallel import rank
 from scarceseg.errors import RunError, ScarceSegError
+from scarceseg.files import write_text
 from scarceseg.methods.models import with_places
-
-# Settings that do not change what is computed, only where and how often it is told; but `select: best` chooses among validations.
-FREE = {"device", "checkpoint_every", "log_every", "validate_every", "terms.atlas.workers"}
 
 FACTS = "fingerprint.json"
 """What the volumes of a run are like: its dataset may lie elsewhere when it goes on, but has to be the same."""

@@ -15,8 +15,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scarceseg.engine.checkpoint import write_atomic, write_text
 from scarceseg.engine.parallel import rank
+from scarceseg.files import write_atomic, write_text
 
 PICTURES = "pictures"
 """Folder of a run with what its terms drew."""

@@ -17,13 +17,13 @@ from scarceseg.config import OptimConfig
 from scarceseg.engine.checkpoint import load_checkpoint, save_checkpoint
 from scarceseg.engine.logging import RunLog
 from scarceseg.engine.parallel import Shared, agreed, average_gradients, is_lost, processes, share_statistics
-from scarceseg.engine.seeds import seed_step
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.engine.step import Called, as_called, place, train_step
 from scarceseg.errors import DataError, Interrupted, RunError
 from scarceseg.foundation.base import TunedModel
 from scarceseg.functional.ramps import poly_lr, step_lr
 from scarceseg.methods.base import Term
+from scarceseg.networks.selftest import to_memory_format
+from scarceseg.seeds import seed_step
 from scarceseg.types import Labelled, Unlabelled
 
 

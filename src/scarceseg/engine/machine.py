@@ -19,9 +19,9 @@ from scarceseg.config import Config
 from scarceseg.data.plan import Plan
 from scarceseg.engine.folder import environment, read_json, write_json
 from scarceseg.engine.parallel import first_alone, processes
-from scarceseg.engine.selftest import choose
 from scarceseg.errors import RunError
 from scarceseg.networks.base import SegmentationNetwork
+from scarceseg.networks.selftest import choose
 
 
 def uses_cuda(config: Config) -> bool:

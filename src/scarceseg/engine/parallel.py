@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
-from scarceseg.engine.seeds import rng
 from scarceseg.errors import ConfigError, Interrupted, RunError, ScarceSegError
+from scarceseg.seeds import rng
 
 Result = TypeVar("Result")
 

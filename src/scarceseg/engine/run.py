@@ -16,23 +16,23 @@ from scarceseg.data.dataset import Dataset, Split, load_dataset, make_split
 from scarceseg.data.fingerprint import Fingerprint, alike, fingerprint
 from scarceseg.data.plan import Plan, make_plan
 from scarceseg.data.prepare import PreparedCase, prepare_cases
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.folder import FACTS, given_back, open_run, read_json, timed_stage, write_json
 from scarceseg.engine.logging import Display, RunLog, say_warnings
 from scarceseg.engine.loop import Loop, LoopTask
 from scarceseg.engine.machine import make_fabric, stop_signals, uses_cuda
 from scarceseg.engine.parallel import check_rows, check_tasks, first_alone, meet, processes, rank, wait
 from scarceseg.engine.pictures import keep_pool
-from scarceseg.engine.seeds import seed_init
 from scarceseg.engine.validation import Validation, finish
 from scarceseg.engine.workspace import Workspace, patch_sampler
 from scarceseg.errors import ConfigError, Interrupted, RunError
+from scarceseg.files import write_text
 from scarceseg.foundation.load import check_foundation
 from scarceseg.inference.predictor import save_model
 from scarceseg.methods.base import Term, build_terms, check_options
 from scarceseg.methods.models import foundation_models, settle_foundations, with_places
 from scarceseg.networks.base import SegmentationNetwork, Sides, build_network, require_halves, sides_of
 from scarceseg.report import build_report
+from scarceseg.seeds import seed_init
 
 FINISHING = timedelta(days=7)
 """How long other processes wait for the first one to measure the model."""

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from scarceseg.data.sampling import PatchSampler, Source
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import Interrupted
+from scarceseg.networks.selftest import to_memory_format
 from scarceseg.types import ImageBatch
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from scarceseg.data.dataset import Case, Split
 from scarceseg.data.images import read_volume, write_image
 from scarceseg.data.plan import Plan
 from scarceseg.data.prepare import PreparedCase, prepare_cases
-from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.engine.folder import read_json, write_json
 from scarceseg.engine.logging import Display, RunLog
 from scarceseg.errors import Interrupted
+from scarceseg.files import write_atomic
+from scarceseg.functional.sliding import sliding_window
 from scarceseg.inference.predictor import Prediction, Predictor
-from scarceseg.inference.sliding import sliding_window
 from scarceseg.types import Geometry
 
 

@@ -21,18 +21,18 @@ from scarceseg.config import Config, OptimConfig
 from scarceseg.data.plan import Plan
 from scarceseg.data.prepare import PreparedCase
 from scarceseg.data.sampling import PatchSampler, Source
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.engine.logging import Display, RunLog
 from scarceseg.engine.loop import BatchSource, Loop, LoopTask
 from scarceseg.engine.parallel import check_rows, processes
-from scarceseg.engine.seeds import rng
 from scarceseg.engine.statistics import pool_statistics
 from scarceseg.errors import ConfigError
+from scarceseg.files import write_text
 from scarceseg.foundation.base import Promptable, Tunable, TunedModel
 from scarceseg.foundation.load import load_foundation
-from scarceseg.inference.sliding import sliding_window
+from scarceseg.functional.sliding import sliding_window
 from scarceseg.methods.base import Term
 from scarceseg.networks.base import SegmentationNetwork, build_network
+from scarceseg.seeds import rng
 
 Array = NDArray[Any]
 

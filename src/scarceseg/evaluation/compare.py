@@ -11,7 +11,6 @@ from typing import get_args
 
 import numpy as np
 
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.evaluation.comparison import OVERALL, Comparison, Group, Scope, Spread, matched, pick
 from scarceseg.evaluation.comparison_tables import to_csv
@@ -20,6 +19,7 @@ from scarceseg.evaluation.paired import MIN_CASES, corrected, paired_test
 from scarceseg.evaluation.published import beside, find_benchmark, same_sum, split_note
 from scarceseg.evaluation.result import Units, mean_metrics
 from scarceseg.evaluation.runs import EVALUATION, MeasuredRun, in_units, read_run
+from scarceseg.files import write_text
 
 
 def compare(

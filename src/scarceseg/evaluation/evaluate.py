@@ -14,7 +14,6 @@ from scipy import ndimage
 
 from scarceseg.data.geometry import describe, same_geometry
 from scarceseg.data.images import SUFFIXES, image_suffix, read_image
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.evaluation.metrics import Empty, binary_metrics
 from scarceseg.evaluation.result import (
@@ -26,6 +25,7 @@ from scarceseg.evaluation.result import (
     mean_metrics,
 )
 from scarceseg.evaluation.tables import to_csv
+from scarceseg.files import write_text
 from scarceseg.types import Geometry, LabelMap
 
 

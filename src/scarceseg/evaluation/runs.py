@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from scarceseg.config import Config
+from scarceseg.config import FREE, Config
 from scarceseg.data.images import read_image
-from scarceseg.engine.folder import FREE
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.evaluation.metrics import METRICS
 from scarceseg.evaluation.published import summands

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from scarceseg.config import NetworkConfig
 from scarceseg.errors import DataError
 
 Kind = Literal[
@@ -186,15 +187,15 @@ def student_layout(run: Path) -> Layout:
     Raises:
         DataError, ConfigError: the description is damaged, or names a network that cannot be built here.
     """
-    from scarceseg.inference.model import ModelInfo
     from scarceseg.networks.base import build_network
 
     try:
-        info = ModelInfo.model_validate_json((run / "model.json").read_bytes())
-    except (OSError, ValueError):
+        info = json.loads((run / "model.json").read_bytes())
+        config = NetworkConfig.model_validate(info["network"])
+        channels, classes = len(info["channels"]), len(info["classes"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{run / 'model.json'} is no description of a model; copy both files of the run again"
         ) from None
-    network = build_network(info.network.name, len(info.channels), len(info.classes), info.network.args)
-    sizes = {"network": info.network.name, "channels": len(info.channels), "classes": len(info.classes)}
-    return network.state_dict(), sizes
+    network = build_network(config.name, channels, classes, config.args)
+    return network.state_dict(), {"network": config.name, "channels": channels, "classes": classes}

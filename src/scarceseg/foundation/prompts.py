@@ -21,7 +21,7 @@ from scarceseg.data.geometry import matrix
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.foundation.base import Spacing, _check_inside
 from scarceseg.foundation.clicks import error_distances
-from scarceseg.inference.components import largest_component as keep_largest
+from scarceseg.functional.components import largest_component as keep_largest
 from scarceseg.types import Geometry, Prompt
 
 Size = tuple[int, int, int]

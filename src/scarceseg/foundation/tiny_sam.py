@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import SamConfig, SamModel
 
-from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import DataError
+from scarceseg.files import write_atomic
 from scarceseg.foundation.base import Tunable, TunedModel, Tuning, freeze
 from scarceseg.foundation.identify import compare
 from scarceseg.foundation.sam import image_size_of

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import ConfigError, DataError
+from scarceseg.files import write_atomic
 from scarceseg.foundation.base import (
     Embedding,
     Masks,

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from scarceseg.data.images import output_suffix, write_image
 from scarceseg.errors import ConfigError, DataError, RunError, near_matches
-from scarceseg.inference.components import largest_component
+from scarceseg.functional.components import largest_component
 from scarceseg.inference.prediction import Maps
 
 Existing = Literal["replace", "skip", "refuse"]

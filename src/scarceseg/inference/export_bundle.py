@@ -17,11 +17,11 @@ import torch
 
 from scarceseg import __version__
 from scarceseg.data.plan import Normalisation, Plan
-from scarceseg.engine.checkpoint import write_atomic, write_text
+from scarceseg.files import write_atomic, write_text
+from scarceseg.functional.sliding import overlaps, steps
 from scarceseg.inference.export_network import Facts, to_torchscript
 from scarceseg.inference.export_readme import nifti, readme
 from scarceseg.inference.model import BUNDLE_INFO, BUNDLE_KEY, BUNDLE_WEIGHTS, ModelInfo
-from scarceseg.inference.sliding import overlaps, steps
 from scarceseg.networks.base import SegmentationNetwork
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"

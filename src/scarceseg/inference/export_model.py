@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from scarceseg.engine.checkpoint import write_atomic
 from scarceseg.errors import ConfigError, RunError, near_matches
+from scarceseg.files import write_atomic
 from scarceseg.inference.export_bundle import write_bundle, write_bytes
 from scarceseg.inference.export_network import Exported, Facts, require_onnx, to_onnx, to_torchscript
 from scarceseg.inference.model import ModelInfo, load_model

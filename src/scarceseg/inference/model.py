@@ -19,8 +19,8 @@ from safetensors.torch import save_model as save_weights
 
 from scarceseg.config import NetworkConfig
 from scarceseg.data.plan import Plan
-from scarceseg.engine.checkpoint import write_atomic, write_text
 from scarceseg.errors import ConfigError, RunError
+from scarceseg.files import write_atomic, write_text
 from scarceseg.networks.base import SegmentationNetwork, build_network
 from scarceseg.types import Augment
 

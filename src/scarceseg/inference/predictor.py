@@ -17,13 +17,13 @@ from scarceseg.data.images import list_images, read_volume
 from scarceseg.data.prepare import prepare_volume
 from scarceseg.engine.logging import Display
 from scarceseg.engine.parallel import gathered, local_rank, meet, processes, rank
-from scarceseg.engine.selftest import to_memory_format
 from scarceseg.errors import ConfigError, DataError, RunError
+from scarceseg.functional.sliding import sliding_window
 from scarceseg.inference.export import Existing, Job, classes_named, open_folder, plan_jobs, write_job
 from scarceseg.inference.model import load_model, save_model
 from scarceseg.inference.orientations import MeanOverOrientations
 from scarceseg.inference.prediction import MeanPrediction, Prediction, Prepared
-from scarceseg.inference.sliding import sliding_window
+from scarceseg.networks.selftest import to_memory_format
 from scarceseg.types import Geometry, Volume
 
 __all__ = ["Prediction", "Predictor", "load_model", "pick_device", "predict", "save_model"]

@@ -13,13 +13,13 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from scarceseg.data.sampling import Batch, PatchSampler
-from scarceseg.engine.checkpoint import write_atomic
-from scarceseg.engine.ema import EmaTeacher
-from scarceseg.engine.seeds import rng
 from scarceseg.errors import RunError
+from scarceseg.files import write_atomic
+from scarceseg.functional.components import largest_component
 from scarceseg.functional.losses import segmentation_loss
-from scarceseg.inference.components import largest_component
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions, build_terms
+from scarceseg.networks.ema import EmaTeacher
+from scarceseg.seeds import rng
 from scarceseg.types import IGNORE_LABEL, ImageBatch, LabelBatch, Labelled, Logits, Step, Unlabelled
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class BcpOptions(TermOptions):
 
     Attributes:
         decay: upper limit of the average's factor.
-        teacher_norm: "batch" (published) or "running", see `scarceseg.engine.ema.EmaTeacher`.
+        teacher_norm: "batch" (published) or "running", see `scarceseg.networks.ema.EmaTeacher`.
         side: of the cuboid, as a share of the patch's.
         pseudo_weight: of the voxels that have a pseudo-label; those with a reference label have 1.
         largest_component: of pseudo-labels, keep the largest piece of each class.

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from scarceseg.config import OptimConfig
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.data.whole import CurvedSlices, Sampler, SideBySide, WholeVolumes
-from scarceseg.engine.checkpoint import write_atomic
-from scarceseg.engine.selftest import broken_in_bf16
 from scarceseg.errors import ConfigError, DataError, RunError
+from scarceseg.files import write_atomic
 from scarceseg.foundation.base import Strategy, Tunable, TunedModel, Tuning, freeze
 from scarceseg.methods.base import build_terms
 from scarceseg.methods.pseudo_labels import PseudoLabelOptions
+from scarceseg.networks.selftest import broken_in_bf16
 from scarceseg.types import Augment, ImageBatch, Logits
 
 if TYPE_CHECKING:

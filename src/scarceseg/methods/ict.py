@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.functional.losses import softmax_mse
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import ImageBatch, Labelled, Step, Unlabelled
 
 
@@ -20,7 +20,7 @@ class IctOptions(TermOptions):
 
     Attributes:
         decay: upper limit of the average's factor.
-        teacher_norm: "batch" (published) or "running", see `scarceseg.engine.ema.EmaTeacher`.
+        teacher_norm: "batch" (published) or "running", see `scarceseg.networks.ema.EmaTeacher`.
         alpha: both parameters of the Beta distribution the share of a row is drawn from; small values mix little.
     """
 

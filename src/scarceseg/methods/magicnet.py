@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.errors import ConfigError
 from scarceseg.functional.cubes import CubeGrid, random_order
 from scarceseg.functional.losses import dice_loss, segmentation_loss
 from scarceseg.functional.noise import clipped_gaussian
 from scarceseg.methods.base import METHODS, Parts, RampName, Term, TermOptions
 from scarceseg.networks.base import EncoderDecoder, channels_of, require_halves
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import ImageBatch, Labelled, Probability, Step, Unlabelled
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class MagicNetOptions(TermOptions):
         supervision: weight of the supervised losses of mixed images and single cubes.
         temperature: T of the blending weights; above 1 evens out the classes.
         memory: share of the class frequencies that is kept from one step to the next.
-        decay, teacher_norm: of the teacher, see `scarceseg.engine.ema.EmaTeacher`.
+        decay, teacher_norm: of the teacher, see `scarceseg.networks.ema.EmaTeacher`.
         noise_std, noise_limit: of the teacher's input noise, in units of normalised intensity.
     """
 

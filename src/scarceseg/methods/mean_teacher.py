@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from scarceseg.engine.ema import EmaTeacher
 from scarceseg.functional.losses import softmax_mse
 from scarceseg.functional.noise import clipped_gaussian
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions
+from scarceseg.networks.ema import EmaTeacher
 from scarceseg.types import ImageBatch, Logits, Probability, Step
 
 
@@ -20,7 +20,7 @@ class MeanTeacherOptions(TermOptions):
 
     Attributes:
         decay: upper limit of the average's factor.
-        teacher_norm: "batch" (published) or "running", see `scarceseg.engine.ema.EmaTeacher`.
+        teacher_norm: "batch" (published) or "running", see `scarceseg.networks.ema.EmaTeacher`.
         noise_std, noise_limit: of the teacher's input noise, in units of normalised intensity.
         samples: rows the consistency is taken on; the UA-MT and SFR scripts have "all", the equation "unlabelled".
     """

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scarceseg.data.cache import load, store
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import Interrupted, RunError
+from scarceseg.files import write_text
+from scarceseg.functional.components import largest_component as keep_largest
 from scarceseg.functional.pseudo import confidence, pseudo_label_loss, soft_label_loss
-from scarceseg.inference.components import largest_component as keep_largest
 from scarceseg.methods.base import FieldKind, Term, TermOptions
 from scarceseg.types import IGNORE_LABEL, LabelMap, Logits, Step, Unlabelled
 

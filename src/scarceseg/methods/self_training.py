@@ -10,7 +10,7 @@ from pydantic import Field
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from scarceseg.engine.checkpoint import write_atomic
+from scarceseg.files import write_atomic
 from scarceseg.methods.base import METHODS, Term, TermOptions, build_terms
 from scarceseg.methods.pseudo_labels import PseudoLabelOptions, PseudoLabels, PseudoLabelTerm, read_fields
 

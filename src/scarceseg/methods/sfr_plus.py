@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from scarceseg.data.sampling import Source
-from scarceseg.engine.checkpoint import write_text
+from scarceseg.files import write_text
 from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.fine_tuning import TunedTeacher
 from scarceseg.methods.pseudo_labels import PseudoLabels

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scarceseg.config import Config
-from scarceseg.engine.checkpoint import write_atomic
-from scarceseg.engine.folder import FREE
+from scarceseg.config import FREE, Config
 from scarceseg.errors import ConfigError, RunError
+from scarceseg.files import write_atomic
 from scarceseg.methods.base import METHODS, build_options, parse_method
 from scarceseg.methods.fine_tuning import PATCH_ITERATIONS, WHOLE_ITERATIONS
 from scarceseg.methods.models import foundation_models, with_places

@@ -12,9 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from scarceseg.engine.checkpoint import write_text
 from scarceseg.errors import DataError
 from scarceseg.evaluation.tables import class_average
+from scarceseg.files import write_text
 from scarceseg.methods.models import foundation_words
 from scarceseg.report.curves import curve_charts
 from scarceseg.report.figures import CLASS_COLOURS

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scarceseg.engine import selftest
-from scarceseg.engine.selftest import choose
 from scarceseg.errors import ConfigError
 from scarceseg.foundation.volume_tuning import LowRank, add_lora
-from scarceseg.networks import build_network
+from scarceseg.networks import build_network, selftest
+from scarceseg.networks.selftest import choose
 
 
 @pytest.mark.parametrize(

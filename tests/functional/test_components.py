@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from scarceseg.inference.components import largest_component
+from scarceseg.functional.components import largest_component
 
 
 def scene() -> np.ndarray:

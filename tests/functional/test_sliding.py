@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from scarceseg.errors import ConfigError
-from scarceseg.inference.sliding import count_windows, sliding_window
+from scarceseg.functional.sliding import count_windows, sliding_window
 from scarceseg.networks.vnet import VNet
 
 
