@@ -232,6 +232,9 @@ def test_with_several_classes_masks_count_as_they_prove_on_labelled_rows() -> No
     assert gradient(term_of(large, classes=3, proof=(0.0, 0.0)), labelled_step(logits, seen, (1,))).any()
     assert gradient(term_of(large, classes=3, gate=False), labelled_step(logits, seen, (1,))).any()
     assert not gradient(term_of(good, classes=3), labelled_step(logits, {}, (1,))).any()  # nothing was asked there
+    asked = len(large.asked)
+    gradient(term_of(large, classes=3), labelled_step(logits, seen, (1,)))
+    assert len(large.asked) == asked + 1  # on the labelled row alone: its masks would count for nothing
     assert term_of(Stub()).proven is None  # nothing else's place to take
 
 

@@ -218,18 +218,19 @@ class SemiSam(Term):
 
     @torch.no_grad()
     def opinion(self, image: ImageBatch, foreground: torch.Tensor, generator: torch.Generator) -> Opinion:
-        """Ask all models about all foreground classes the student finds.
+        """Ask all models about all foreground classes the student finds, and whose masks have proved to be of use.
 
         Args:
             image: unlabelled patches ``[U, C, X, Y, Z]``.
             foreground: the student's probabilities ``[U, K-1, X, Y, Z]``.
             generator: of the clicks.
         """
-        opinion = self._ask(image, foreground, generator)
-        weight = opinion.weight * self._need
-        if self.proven is not None:
-            weight = weight * rise(self.proven.dice(), *self.options.proof)[:, None, None, None]
-        return replace(opinion, weight=weight)
+        if self.proven is None:
+            opinion = self._ask(image, foreground, generator)
+            return replace(opinion, weight=opinion.weight * self._need)
+        trust = rise(self.proven.dice(), *self.options.proof)[:, None, None, None]
+        opinion = self._ask(image, foreground * (trust > 0), generator)  # the others would be asked for nothing
+        return replace(opinion, weight=opinion.weight * (self._need * trust))
 
     @torch.no_grad()
     def _ask(self, image: ImageBatch, foreground: torch.Tensor, generator: torch.Generator) -> Opinion:
