@@ -264,12 +264,26 @@ def test_channels_of_one_file(model: Threshold, tmp_path: Path) -> None:
         segment(tmp_path / "a.nrrd", points=[click], foundation=NAME, channel=1)
 
 
+def test_a_channel_of_a_skewed_grid_is_refused(model: Threshold, tmp_path: Path) -> None:
+    path = tmp_path / "skewed.nrrd"
+    image = sitk.GetImageFromArray(np.zeros((6, 5, 4), np.float32))
+    sitk.WriteImage(sitk.Compose(image, image), str(path))
+    assert segment(path, points=[(1, 1, 1)], foundation=NAME, channel=1).voxels >= 0
+    text = path.read_bytes()
+    assert text.count(b"(1,0,0) (0,1,0)") == 1
+    path.write_bytes(text.replace(b"(1,0,0) (0,1,0)", b"(1,0.5,0) (0,1,0)"))
+    with pytest.raises(DataError, match="axes at right angles"):
+        segment(path, points=[(1, 1, 1)], foundation=NAME, channel=1)
+
+
 def test_dicom_series(model: Threshold, tmp_path: Path) -> None:
     image, centre = scan(size=(20, 22, 12), direction=np.eye(3))
     write_series(image, tmp_path / "series")
     result = segment(
         tmp_path / "series", points=[tuple(centre)], frame="lps", foundation=NAME, out=tmp_path / "m.nii.gz"
     )
+    with pytest.raises(DataError, match="holds 1 channel, counted from 0: got 2"):
+        segment(tmp_path / "series", points=[tuple(centre)], frame="lps", foundation=NAME, channel=2)
     mask = sitk.ReadImage(str(tmp_path / "m.nii.gz"))
     assert same_grid(mask, image) and result.voxels == (sitk.GetArrayFromImage(image) > BRIGHT / 2).sum()
 

@@ -31,6 +31,7 @@ from scarceseg.types import Geometry, LabelMap, Volume
 
 __all__ = [
     "SUFFIXES",
+    "SeveralChannels",
     "image_suffix",
     "list_images",
     "output_suffix",
@@ -42,25 +43,40 @@ __all__ = [
 ]
 
 
+class SeveralChannels(DataError):
+    """A file holds several volumes, or several numbers a voxel, and none was chosen.
+
+    Args:
+        message: what is told.
+        count: how many.
+    """
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
 def output_suffix(path: Path) -> str:
     """The ending a result for the input `path` gets: its own format in one file; ``.nii.gz`` for a DICOM folder."""
     suffix = image_suffix(path) or ".nii.gz"
     return {".mhd": ".mha", ".nhdr": ".nrrd"}.get(suffix, suffix)
 
 
-def read_image(path: Path, series: str | None = None) -> tuple[NDArray[Any], Geometry]:
-    """Read one 3D single-channel image.
+def read_image(path: Path, series: str | None = None, channel: int | None = None) -> tuple[NDArray[Any], Geometry]:
+    """Read one 3D single-channel image, or one channel of a file with several.
 
     Args:
         path: a file with an ending of `SUFFIXES`, or a folder with DICOM files.
         series: identifier (Series Instance UID) when the folder holds more than one series.
+        channel: which volume of a 4D file, or which value of a voxel that holds several, counted from 0.
 
     Returns:
         Array ``[X, Y, Z]`` in the stored type, all values finite, and its geometry.
 
     Raises:
-        DataError: missing, not an image, truncated, not 3D, several values per voxel, a spacing outside
-            0.01 .. 100 mm, axes not at right angles, NaN or infinite voxels, several series, uneven slices.
+        DataError: missing, not an image, truncated, not 3D, several values per voxel and none chosen (`SeveralChannels`), no
+            such channel, a spacing outside 0.01 .. 100 mm, axes not at right angles, NaN or infinite voxels, several
+            series, uneven slices.
     """
     if path.is_dir():
         image = read_series(path, series)
@@ -73,7 +89,7 @@ def read_image(path: Path, series: str | None = None) -> tuple[NDArray[Any], Geo
         )
     else:
         image = read_file(path)
-    image = _three_axes(image, path)
+    image = _three_axes(image if channel is None else _channel(image, channel, path), path)
     geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
     check_spacing(path, geometry.spacing_mm)
     if not np.allclose(matrix(geometry).T @ matrix(geometry), np.eye(3), atol=1e-2):
@@ -90,19 +106,38 @@ def _check_finite(array: NDArray[Any], path: Path) -> None:
             raise not_finite(path, bad, array.size)
 
 
+def _channel(image: sitk.Image, channel: int, path: Path) -> sitk.Image:
+    count = _channels(image)
+    if not 0 <= channel < count:
+        raise DataError(f"{path} holds {count} channel{'s' if count > 1 else ''}, counted from 0: got {channel}")
+    if image.GetDimension() == 4:
+        return image[:, :, :, channel]
+    return image if count == 1 else sitk.VectorIndexSelectionCast(image, channel)
+
+
+def _channels(image: sitk.Image) -> int:
+    return int(image.GetSize()[3] if image.GetDimension() == 4 else image.GetNumberOfComponentsPerPixel())
+
+
 def _three_axes(image: sitk.Image, path: Path) -> sitk.Image:
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     if image.GetDimension() != 3:
         hint = "split it into one file per channel or time point" if image.GetDimension() > 3 else "a volume is needed"
         size = "x".join(str(n) for n in image.GetSize())
-        raise DataError(f"{path}: expected a 3D image, got {image.GetDimension()}D of size {size}; {hint}")
+        raise _refused(image, f"{path}: expected a 3D image, got {image.GetDimension()}D of size {size}; {hint}")
     if image.GetNumberOfComponentsPerPixel() != 1 or "complex" in image.GetPixelIDTypeAsString():
-        raise DataError(
+        raise _refused(
+            image,
             f"{path}: expected one real number per voxel, got {image.GetPixelIDTypeAsString()} with "
-            f"{image.GetNumberOfComponentsPerPixel()} components; split it into one file per channel"
+            f"{image.GetNumberOfComponentsPerPixel()} components; split it into one file per channel",
         )
     return image
+
+
+def _refused(image: sitk.Image, message: str) -> DataError:
+    count = _channels(image)
+    return SeveralChannels(message, count) if image.GetDimension() <= 4 and count > 1 else DataError(message)
 
 
 def read_volume(paths: Sequence[Path]) -> tuple[Volume, Geometry]:

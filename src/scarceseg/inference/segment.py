@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from scarceseg.data.formats import check_spacing, not_finite, read_file
 from scarceseg.data.geometry import describe, orient, orient_geometry, same_geometry
-from scarceseg.data.images import image_suffix, output_suffix, read_image, write_image
+from scarceseg.data.images import SeveralChannels, image_suffix, output_suffix, read_image, write_image
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.foundation.base import Embedding, Promptable, check_prompts
 from scarceseg.inference.export import open_folder
@@ -239,30 +237,15 @@ def _keep_clicked(mask: LabelMap, prompt: Prompt) -> tuple[LabelMap, int]:
 
 
 def _read(path: Path, channel: int | None) -> tuple[NDArray[Any], Geometry]:
-    """Read a 3D image, or one channel of a file with several.
-
-    Raises:
-        DataError: not readable, several channels and none chosen, or no such channel.
-    """
-    if path.is_dir() or not path.exists() or image_suffix(path) is None:
-        return read_image(path)
-    image = read_file(path)
-    count = image.GetSize()[3] if image.GetDimension() == 4 else image.GetNumberOfComponentsPerPixel()
-    if channel is None and count > 1 and image.GetDimension() <= 4:
-        raise DataError(f"{path} holds {count} channels: choose one, counted from 0 (--channel 0 to {count - 1})")
-    if channel is None or (count == 1 and channel == 0):
-        return read_image(path)
-    if not 0 <= channel < count:
-        raise DataError(f"{path} holds {count} channel{'s' if count > 1 else ''}, counted from 0: got {channel}")
-    part = image[:, :, :, channel] if image.GetDimension() == 4 else sitk.VectorIndexSelectionCast(image, channel)
-    if part.GetDimension() != 3 or part.GetNumberOfComponentsPerPixel() != 1:
-        raise DataError(f"{path}: expected a 3D volume with one number a voxel in each channel; split the file")
-    geometry = Geometry(part.GetSize(), part.GetSpacing(), part.GetOrigin(), part.GetDirection())
-    check_spacing(path, geometry.spacing_mm)
-    array = sitk.GetArrayFromImage(part).transpose(2, 1, 0)
-    if bad := array.size - int(np.count_nonzero(np.isfinite(array))):
-        raise not_finite(path, bad, array.size)
-    return array, geometry
+    """`read_image`, that names the flag where a channel has to be chosen."""
+    try:
+        return read_image(path, channel=channel)
+    except SeveralChannels as error:
+        if channel is not None:
+            raise
+        raise DataError(
+            f"{path} holds {error.count} channels: choose one, counted from 0 (--channel 0 to {error.count - 1})"
+        ) from None
 
 
 def _read_mask(path: Path, expected: Geometry) -> NDArray[np.float32]:
