@@ -10,7 +10,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "scarceseg"
 
 LAYERS = (
     {"errors", "types"},
-    {"registry", "config", "files", "seeds"},
+    {"plugins", "files", "seeds"},
+    {"registry"},
+    {"config"},
     {"functional"},
     {"data"},
     {"networks", "atlas", "settings"},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from scarceseg.errors import ConfigError, near_matches
+from scarceseg.plugins import VARIABLE, load_plugins
 
 T = TypeVar("T")
 
@@ -17,7 +18,8 @@ class Registry(Generic[T]):
     """Names of one kind of part (method, network, foundation model ...).
 
     Every module of `package` is imported at the first look-up; a module registers what it holds with the decorator
-    ``@registry.register("name")``. Packages of others join through the entry-point group of the same name as `package`.
+    ``@registry.register("name")``. Packages of others join through the entry-point group of the same name as `package`, plain
+    files through the environment variable of `scarceseg.plugins`.
 
     Args:
         kind: word for messages, such as "method".
@@ -49,9 +51,12 @@ class Registry(Generic[T]):
         return enter
 
     def _scan(self) -> None:
-        if self._scanned:
-            return
-        self._scanned = True
+        if not self._scanned:
+            self._scanned = True
+            self._import_parts()
+        load_plugins()
+
+    def _import_parts(self) -> None:
         folder = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(folder.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
@@ -71,7 +76,7 @@ class Registry(Generic[T]):
         """
         self._scan()
         if name not in self._parts:
-            raise ConfigError(f"unknown {self.kind} {name!r}: {near_matches(name, self._parts)}")
+            raise unknown(self.kind, name, self._parts)
         return self._parts[name]
 
 
@@ -81,3 +86,10 @@ def _same(old: object, new: object) -> bool:
         return True
     was, now = ((getattr(part, "__module__", None), getattr(part, "__qualname__", None)) for part in (old, new))
     return was == now and None not in now
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that no part has: names close to it, or all of them and how a part of one's own gets known."""
+    near = near_matches(name, known)
+    own = "" if near.startswith("did you mean") else f"; one of your own: name its file in {VARIABLE}"
+    return ConfigError(f"unknown {kind} {name!r}: {near}{own}")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from scarceseg.errors import ConfigError, near_matches
-from scarceseg.registry import Registry
+from scarceseg.registry import Registry, unknown
 from scarceseg.types import ImageBatch, Logits
 
 
@@ -218,7 +218,7 @@ def build_network(name: str, channels: int, classes: int, args: dict[str, Any] |
         return monai_net.MonaiNetwork(plain, channels, classes, args)
     if name.startswith(monai_net.PREFIX):
         raise ConfigError(f"unknown MONAI network {plain!r}: {near_matches(plain, monai_net.NAMES)}")
-    raise ConfigError(f"unknown network {name!r}: {near_matches(name, [*known, *monai_net.NAMES])}")
+    raise unknown("network", name, [*known, *monai_net.NAMES])
 
 
 def keep_layout(features: torch.Tensor) -> torch.Tensor:
@@ -250,6 +250,7 @@ def sides_of(name: str, args: dict[str, Any] | None = None, channels: int = 1, c
     Raises:
         ConfigError: as `build_network`.
     """
+    NETWORKS.names()  # their files are imported here, and not on the meta device
 
     def built(device: str) -> Sides:
         with torch.random.fork_rng(devices=[]), torch.device(device):
