@@ -27,7 +27,9 @@ Kind = tuple[bool, str, str, bool]
 
 
 def kind_of(path: Path, row: Any) -> Kind | None:
-    """What kind of run a row is of; None for what is no trained run."""
+    """What kind of run a row is of, for teachers alone a student's that learns from their labels; None for other rows."""
+    if path.parent.name == "la_teachers":
+        return False, row["method"], "deform", row["labels"] == 1
     if not isinstance(row, dict) or "code" not in row or not isinstance(row.get("config"), dict):
         return None
     return path.parent.name.startswith("phantoms"), row["method"], row["config"]["augment"], row["labels"] == 1
@@ -37,9 +39,7 @@ def main() -> None:
     """Compare, and stamp the rows that may be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
-    parser.add_argument(
-        "--kinds", type=json.loads, help=argparse.SUPPRESS
-    )  # the runs of one tree, in a process of its own
+    parser.add_argument("--kinds", type=json.loads, help=argparse.SUPPRESS)  # the runs of one tree, in its own process
     parser.add_argument("--without", default="", help="terms whose rows keep their hash")
     options = parser.parse_args()
     if options.kinds is not None:
@@ -52,16 +52,16 @@ def main() -> None:
     rows = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.rglob("*.json"))}
     changed = set(options.without.split(","))
     kinds = {path: kind for path, row in rows.items() if (kind := kind_of(path, row))}
-    methods = sorted({kind[1] for kind in kinds.values()})
+    parts = {path: f"{kind[1]} alone" if path.parent.name == "la_teachers" else kind[1] for path, kind in kinds.items()}
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "old"
         subprocess.run(["git", "worktree", "add", "--detach", str(old), options.commit], cwd=ROOT, check=True)
         try:
-            before, now = hashes(old, methods), hashes(ROOT, methods)
+            before, now = (hashes(tree, sorted(set(parts.values()))) for tree in (old, ROOT))
             stale = {
                 path: kind
                 for path, kind in kinds.items()
-                if rows[path]["code"] == before[kind[1]] != now[kind[1]]
+                if rows[path]["code"] == before[parts[path]] != now[parts[path]]
                 and not changed.intersection(parse_method(kind[1]))
             }
             wanted = sorted(set(stale.values()))
@@ -74,14 +74,21 @@ def main() -> None:
         print("equal    " if kind in equal else "different", *kind)
     for path, kind in stale.items():
         if kind in equal:
-            path.write_text(json.dumps(rows[path] | {"code": now[kind[1]]}, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(rows[path] | {"code": now[parts[path]]}, indent=1) + "\n", encoding="utf-8")
 
 
-def hashes(tree: Path, methods: list[str]) -> dict[str, str]:
-    """Of the code of each method in a tree, by that tree's own rules."""
-    asked = "import json, sys; from common import code_hash, training_code; "
-    asked += "print(json.dumps({m: code_hash(training_code(m)) for m in json.loads(sys.argv[1])}))"
-    return dict(json.loads(_python(tree, ["-c", asked, json.dumps(methods)], tree / "benchmarks")))
+HASHES = """
+import json, sys
+from common import code_hash, direct_code, training_code
+alone = " alone"
+parts = {p: direct_code(p[: -len(alone)]) if p.endswith(alone) else training_code(p) for p in json.loads(sys.argv[1])}
+print(json.dumps({part: code_hash(files) for part, files in parts.items()}))
+"""
+
+
+def hashes(tree: Path, parts: list[str]) -> dict[str, str]:
+    """Of the code of methods and of teachers alone in a tree, by that tree's own rules."""
+    return dict(json.loads(_python(tree, ["-c", HASHES, json.dumps(parts)], tree / "benchmarks")))
 
 
 def run(tree: Path, kinds: list[Kind], folder: Path) -> list[str]:
