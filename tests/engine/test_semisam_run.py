@@ -193,7 +193,7 @@ def test_a_view_that_no_model_has_is_said(data: Path, tmp_path: Path) -> None:
 
 def test_several_classes_and_channels(tmp_path: Path) -> None:
     folder = tiny_dataset(tmp_path / "data", classes=4, channels=2)
-    options = {"channel": 1, "agreement": [0.0, 0.0]}
+    options = {"channel": 1, "agreement": [0.0, 0.0], "proof": [0.0, 0.0]}
     config = config_of(folder, "sfr+semisam", semisam=options, terms={"sfr": {"tune_iterations": 1}}, iterations=2)
     train(config, tmp_path / "run")
     assert max(asked(tmp_path / "run")) > 0

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import scarceseg.engine.run as run_module
+import scarceseg.engine.workspace as workspace_module
 from scarceseg.engine.run import train
 from scarceseg.engine.statistics import pool_statistics, take_statistics
 from scarceseg.engine.workspace import Workspace
@@ -115,7 +115,7 @@ def test_stopped_while_taking_them_and_resumed_is_bit_for_bit_the_same(
     config = tiny_config(data, iterations=3)
     train(config, tmp_path / "whole", cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "pool_statistics", stopped_before_the_second_batch)
+        patch.setattr(workspace_module, "pool_statistics", stopped_before_the_second_batch)
         with pytest.raises(Interrupted, match="statistics"):
             train(config, tmp_path / "cut", cache=tmp_path / "cache")
     assert not (tmp_path / "cut" / "model.safetensors").exists()
