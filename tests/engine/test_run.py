@@ -169,12 +169,15 @@ def test_kill_9_at_random_moments(data: Path, tmp_path: Path) -> None:
     assert [e["iteration"] for e in lines(out)] == list(range(iterations))
 
 
+def until_it_trains(run: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     process = start(data, tmp_path / "run", tmp_path / "cache", 100000)
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until_it_trains(tmp_path / "run")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
@@ -195,10 +198,7 @@ def test_sigterm_may_come_twice_and_a_second_ctrl_c_later_stops_at_once(monkeypa
 
 def test_sigterm_sent_twice_saves(data: Path, tmp_path: Path) -> None:
     process = start(data, tmp_path / "run", tmp_path / "cache", 100000)
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until_it_trains(tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
