@@ -595,3 +595,12 @@ def test_several_classes_and_channels(tmp_path: Path) -> None:
     result = train(tiny_config(folder, val=["case_04"], iterations=2, method="ua-mt"), tmp_path / "run")
     assert result.evaluation is not None
     assert list(result.evaluation["cases"]["case_04"]) == ["box1", "box2", "box3"]
+    assert any("ua-mt looks 8 times" in warning and "does not have" in warning for warning in result.warnings)
+    dropping = tiny_config(
+        folder,
+        val=["case_04"],
+        iterations=1,
+        method="ua-mt",
+        network={"name": "vnet", "args": {"n_filters": 1, "dropout": True}},
+    )
+    assert not any("ua-mt looks" in warning for warning in train(dropping, tmp_path / "dropping").warnings)

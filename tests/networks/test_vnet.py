@@ -94,6 +94,21 @@ def test_no_dropout_when_switched_off() -> None:
 
 
 @pytest.mark.parametrize(
+    ("classes", "dropout", "p"), [(2, "auto", 0.5), (3, "auto", 0.0), (5, True, 0.5), (2, False, 0.0)]
+)
+def test_several_classes_are_learnt_without_dropout_unless_asked_for(
+    classes: int, dropout: bool | str, p: float
+) -> None:
+    network = VNet(1, classes, n_filters=2, dropout=dropout)  # type: ignore[arg-type]
+    assert network.dropout.p == p
+
+
+def test_unknown_dropout_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dropout is true, false or auto, got 0.3"):
+        build_network("vnet", 1, 2, {"dropout": 0.3})
+
+
+@pytest.mark.parametrize(
     ("normalization", "layer"),
     [("batchnorm", nn.BatchNorm3d), ("instancenorm", nn.InstanceNorm3d), ("groupnorm", nn.GroupNorm)],
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from scarceseg.functional.losses import softmax_mse
 from scarceseg.functional.ramps import uamt_threshold
@@ -13,6 +14,9 @@ from scarceseg.functional.uncertainty import entropy, masked_mean
 from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.mean_teacher import MeanTeacher, MeanTeacherOptions
 from scarceseg.types import ImageBatch, Probability, Step
+
+if TYPE_CHECKING:
+    from scarceseg.engine.workspace import Workspace
 
 
 class UaMtOptions(MeanTeacherOptions):
@@ -35,11 +39,20 @@ class UaMt(MeanTeacher):
     ``L = sum_v 1(H_v < u) sum_c (p - p')^2 / (K sum_v 1(H_v < u))`` with H the entropy of the mean over `passes` noisy
     dropout passes and ``u = (0.75 + 0.25 ramp(t, T)) ln K``.
 
-    Differs from the authors' code: ln K in place of ln 2, so that it holds for any class count.
+    Differs from the authors' code: ln K in place of ln 2, so that it holds for any class count. A network without dropout, as
+    the V-Net is with several classes unless told otherwise, has passes that differ by their noise alone; a warning says so.
     """
 
     Options: ClassVar[type[TermOptions]] = UaMtOptions
     options: UaMtOptions
+
+    def initialise(self, student: nn.Module, work: Workspace) -> None:
+        """Say so where the passes have no dropout to differ by."""
+        if not any(isinstance(layer, nn.Dropout | nn.Dropout3d) and layer.p > 0 for layer in student.modules()):
+            work.warnings.append(
+                f"{self.name} looks {self.options.passes} times at each patch with dropout, which this network does not have, so "
+                "that the looks differ by noise alone; vnet and unet3d have it with --set network.args.dropout=true"
+            )
 
     @torch.no_grad()
     def uncertainty(self, x: ImageBatch, step: Step) -> torch.Tensor:
