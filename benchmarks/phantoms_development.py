@@ -15,6 +15,7 @@ from pathlib import Path
 from scarceseg import Config
 from scarceseg.config import merge
 from scarceseg.data.phantoms import PhantomConfig, write_phantom_dataset
+from scarceseg.methods import parse_method
 from scarceseg.settings import read_assignments
 from table_runs import add_options, run_table, tuned_by
 
@@ -49,7 +50,11 @@ def main() -> None:
             "plan": {"patch": [32, 32, 32]},
             "optim": {"name": "adamw", "lr": 0.003, "schedule": "poly"},
             "foreground": 0.5,
-            "terms": {"sfr": {"tune_iterations": 100}} if labels == 1 and "sfr" in method.split("+") else {},
+            "terms": {
+                term: {"tune_iterations": 100}
+                for term in parse_method(method)
+                if labels == 1 and term in ("sfr", "sfr+")
+            },
             "iterations": options.iterations,
             "seed": options.seed,
         }

@@ -72,7 +72,7 @@ class VNet(EncoderDecoder):
         dropout: drop whole channels with p = 0.5 after the bottleneck and before the last convolution. "auto" does so with two
             classes, as the network published for the left atrium, and not with more, as MagicNet's for organs: where half of the
             features in front of the last convolution are missing in training, a thin structure is learnt against that noise
-            and is half lost without it (measured on phantoms, benchmarks/README.md).
+            and partly lost without it (measured on phantoms, benchmarks/README.md).
 
     Raises:
         ConfigError: `n_filters` below 1, an unknown `normalization` or another value of `dropout`.
