@@ -185,7 +185,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
 
 
 def test_sigterm_may_come_twice_and_a_second_ctrl_c_later_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([10.0, 10.5, 11.5])
+    clock = iter([10.0, 10.5, 11.5, 12.0])
     monkeypatch.setattr(machine_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with stop_signals() as stop:
         assert not stop()
@@ -196,15 +196,51 @@ def test_sigterm_may_come_twice_and_a_second_ctrl_c_later_stops_at_once(monkeypa
             signal.raise_signal(signal.SIGINT)
 
 
-def test_sigterm_sent_twice_saves(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [0.002, "saved"])
+def test_sigterm_sent_again_saves(data: Path, tmp_path: Path, again: float | str) -> None:
+    """At once; and over and over until the process is gone, saving and closing down included."""
     process = start(data, tmp_path / "run", tmp_path / "cache", 100000)
     until_it_trains(tmp_path / "run")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    if again == "saved":
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+    else:
+        time.sleep(float(again))
+        process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
     assert state["iteration"] == lines(tmp_path / "run")[-1]["iteration"] + 1
+
+
+def test_a_later_sigterm_ends_a_process_that_went_on(tmp_path: Path) -> None:
+    """A program that catches `Interrupted` and works on can still be ended, and its own handler is put back."""
+    code = """
+import os, signal, sys, time
+from scarceseg.engine import machine
+machine.PATIENCE = 0.2
+own = []
+signal.signal(signal.SIGTERM, lambda number, frame: own.append(number))
+with machine.stop_signals():
+    signal.raise_signal(signal.SIGTERM)
+assert not own
+signal.raise_signal(signal.SIGTERM)
+assert own
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+with machine.stop_signals() as stop:
+    assert not stop()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop()
+signal.raise_signal(signal.SIGTERM)
+time.sleep(0.3)
+print("still there", flush=True)
+signal.raise_signal(signal.SIGTERM)
+print("not ended", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "still there\n"), done.stderr
 
 
 def test_stopped_between_validation_cases_validates_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -70,7 +71,7 @@ def _arithmetic(config: Config, folder: Path, student: SegmentationNetwork, plan
 
 
 PATIENCE = 1.0
-"""Seconds after a Ctrl-C in which another one counts as the same."""
+"""Seconds after a Ctrl-C, or after the work has stopped for a SIGTERM, in which another one counts as the same."""
 
 
 @contextmanager
@@ -78,6 +79,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C, a while later, stops at once.
 
     SIGTERM never does: ``torchrun`` and SLURM send it more than once within milliseconds, and the state is to be saved.
+    One that comes while a stopped process closes down does not change its exit status either.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -85,17 +87,34 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         return
 
     pressed: list[float] = []
+    terminated = threading.Event()
 
     def ask(number: int, _: object) -> None:
         asked.set()
-        if number == signal.SIGINT:
-            pressed.append(time.monotonic())
-            if pressed[-1] - pressed[0] > PATIENCE:
-                raise KeyboardInterrupt
+        if number == signal.SIGTERM:
+            terminated.set()
+            return
+        pressed.append(time.monotonic())
+        if pressed[-1] - pressed[0] > PATIENCE:
+            raise KeyboardInterrupt
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked.is_set
     finally:
+        if terminated.is_set() and old[signal.SIGTERM] is signal.SIG_DFL:
+            old[signal.SIGTERM] = _repeated(time.monotonic() + PATIENCE)
+            atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # else the interpreter's end sets SIG_DFL
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _repeated(until: float) -> Callable[[int, object], None]:
+    """A handler that overlooks a SIGTERM sent again before `until`, and lets a later one end the process."""
+
+    def overlook(number: int, _: object) -> None:
+        if time.monotonic() > until:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    return overlook

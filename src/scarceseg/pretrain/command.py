@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,27 +106,15 @@ def _prepare(out: Path, seed: int, threads: int, resume: bool) -> None:
 
 
 def _run(task: Task, schedule: Schedule, out: Path, resume: bool) -> Pretraining:
+    from scarceseg.engine.machine import stop_signals
     from scarceseg.pretrain.loop import Pretraining
 
-    with _signals() as asked:
-        run = Pretraining(task, schedule, out, stop=lambda: bool(asked))
+    with stop_signals() as stop:
+        run = Pretraining(task, schedule, out, stop=stop)
         if resume:
             run.restore()
         run.run()
     return run
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM instead of dying from them."""
-    asked: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda received, _: asked.append(received)) for number in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def main(arguments: list[str] | None = None) -> None:
