@@ -428,6 +428,56 @@ def test_sfr_plus_gives_sure_volumes_to_the_tuning_and_takes_their_labels_away(
     assert not result.warnings
 
 
+@pytest.mark.parametrize(
+    ("share", "measure", "sure"),
+    [(0.5, "volume", ["case_03"]), (0.5, "foreground", ["case_02"]), (0.1, "foreground", ["case_02"])],
+)
+def test_a_share_of_the_pool_passes_whatever_the_threshold(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, measure: str, sure: list[str]
+) -> None:
+    """Each measure has its own surest volume; one passes at least, no threshold is met and nobody is warned."""
+
+    def predict(self: Any, network: Any, case: Any, whole: bool = False) -> np.ndarray:
+        inside = np.asarray(case.image[0]) > 0.3
+        outer, inner = (0.95, 0.6) if case.name == "case_03" else (0.6, 0.9)
+        found = np.where(inside, inner, 1 - outer)
+        return np.stack([1 - found, found]).astype(np.float32)
+
+    monkeypatch.setattr(workspace_module.Workspace, "predict", predict)
+    options = {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2, "share": share, "measure": measure}
+    result = train(tiny_config(data, method="sfr+", terms={"sfr+": options}), tmp_path / "run")
+    folder = tmp_path / "run" / "stages" / "sfr+-round1"
+    assert json.loads((folder / "sure.json").read_text()) == sure
+    table = json.loads((folder / "confidence.json").read_text())
+    assert table["sure"] == sure and table["share"] == share and "threshold" not in table
+    assert not result.warnings
+    result = train(
+        tiny_config(data, method="sfr+", terms={"sfr+": {**options, "threshold": 0.9}}, iterations=2), tmp_path / "both"
+    )
+    assert any("threshold" in warning and f"share: {share}" in warning for warning in result.warnings)
+
+
+def test_a_share_holds_no_volume_without_a_finding(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However sure the student is that there is nothing."""
+    empty = {"case_02"}
+
+    def predict(self: Any, network: Any, case: Any, whole: bool = False) -> np.ndarray:
+        inside = (np.asarray(case.image[0]) > 0.3) & (case.name not in empty)
+        found = np.where(inside, 0.7, 0.01)
+        return np.stack([1 - found, found]).astype(np.float32)
+
+    monkeypatch.setattr(workspace_module.Workspace, "predict", predict)
+    options = {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2, "share": 0.9}
+    config = tiny_config(data, method="sfr+", terms={"sfr+": options})
+    result = train(config, tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "stages" / "sfr+-round1" / "sure.json").read_text()) == ["case_03", "case_04"]
+    assert not any("finds nothing" in warning for warning in result.warnings)
+    empty |= {"case_03", "case_04"}
+    result = train(config, tmp_path / "none")
+    assert json.loads((tmp_path / "none" / "stages" / "sfr+-round1" / "sure.json").read_text()) == []
+    assert any("finds nothing" in warning for warning in result.warnings)
+
+
 def test_sfr_plus_warns_when_none_or_all_pass(data: Path, tmp_path: Path) -> None:
     for threshold, word in ((1.0, "no unlabelled"), (0.0, "every")):
         terms = {"sfr+": {"tune_iterations": 1, "refresh_iterations": 1, "rounds": 2, "threshold": threshold}}

@@ -30,6 +30,9 @@ class SfrPlusOptions(SfrOptions):
 
     Attributes:
         threshold: tau of the confidence, 0.985 as published.
+        share: of the pool that passes in a round, the surest volumes first, whatever their confidence is, those in which the
+            student finds nothing never; None goes by `threshold`, as published. (ours: how high confidences are depends on the
+            network and on how much of a volume is background)
         measure: confidence over the whole "volume" (published) or over the predicted "foreground" (ours).
         rounds: the run is cut into so many equal parts; the first is plain SFR. (ours: the papers give no schedule)
         refresh_iterations: steps of fine-tuning in a later round, from the weights of the round before; None is a third of
@@ -39,15 +42,17 @@ class SfrPlusOptions(SfrOptions):
     """
 
     threshold: float = Field(0.985, ge=0, le=1)
+    share: float | None = Field(None, gt=0, lt=1)
     measure: Literal["volume", "foreground"] = "volume"
     rounds: int = Field(3, ge=1)
     refresh_iterations: int | None = Field(None, ge=1)
     sure: Literal["ignore", "student"] = "ignore"
 
     def idle(self) -> dict[str, str]:
-        """Those of later rounds, where there is one alone."""
-        later = ("threshold", "measure", "refresh_iterations", "sure")
-        return super().idle() | (dict.fromkeys(later, "with rounds: 1") if self.rounds == 1 else {})
+        """Those of later rounds, where there is one alone; the threshold beside a share."""
+        found = super().idle() | ({} if self.share is None else {"threshold": f"with share: {self.share:g}"})
+        later = ("threshold", "share", "measure", "refresh_iterations", "sure")
+        return found | (dict.fromkeys(later, "with rounds: 1") if self.rounds == 1 else {})
 
     @model_validator(mode="after")
     def _own(self) -> SfrPlusOptions:
@@ -68,7 +73,7 @@ class SfrPlus(Sfr):
 
     Differs from the paper: the sure volumes together have half of the rows of a batch of the tuning, however many they are; C
     counts easy background, so the confidence over the foreground is reported beside it and can take its place (`measure`); a
-    round in which none or all volumes pass is warned of.
+    round in which none or all volumes pass is warned of; a share of the pool can take the place of the threshold (`share`).
     """
 
     Options: ClassVar[type[TermOptions]] = SfrPlusOptions
@@ -128,7 +133,10 @@ class SfrPlus(Sfr):
 
         self.each(work, f"label, round {number}", work.unlabelled, labels, one)
         if work.fabric.is_global_zero:
-            about = {**self.about(work, teacher), "threshold": self.options.threshold, "measure": self.options.measure}
+            chosen = (
+                {"threshold": self.options.threshold} if self.options.share is None else {"share": self.options.share}
+            )
+            about = {**self.about(work, teacher), **chosen, "measure": self.options.measure}
             labels.finish([case.name for case in work.unlabelled], **about, sure=sorted(sure))
             own.drop_probabilities(case.name for case in work.unlabelled)
         warn_empty(work, f"{self.name}, round {number}", labels)
@@ -148,6 +156,15 @@ class SfrPlus(Sfr):
         names = [case.name for case in work.unlabelled]
         rows = own.finish(names) if work.fabric.is_global_zero else {name: own.notes(name) for name in names}
         key = "confidence" if self.options.measure == "volume" else "foreground_confidence"
+        if self.options.share is not None:
+            able = [name for name in names if rows[name]["foreground_confidence"] > 0]
+            if not able:
+                work.warnings.append(
+                    f"{self.name}: the student finds nothing in any unlabelled volume, so round {number} adds nothing to the "
+                    "fine-tuning: train longer before it (fewer rounds, more iterations)"
+                )
+            surest = sorted(able, key=lambda name: (-rows[name][key], name))
+            return set(surest[: max(int(self.options.share * len(names)), 1)])
         sure = {name for name in names if rows[name][key] >= self.options.threshold}
         if len(sure) in (0, len(names)):
             spread = sorted(rows[name][key] for name in names)
@@ -160,6 +177,6 @@ class SfrPlus(Sfr):
                 f"{self.name}: {'every' if sure else 'no'} unlabelled volume passes the confidence threshold "
                 f"{self.options.threshold:g} ({key} lies between {spread[0]:.4f} and {spread[-1]:.4f}), so a round "
                 f"{everything if sure else 'adds nothing to the fine-tuning'}: "
-                f"choose terms.{self.name}.threshold in between, or measure: foreground"
+                f"choose terms.{self.name}.threshold in between, measure: foreground, or a share of the volumes"
             )
         return sure
