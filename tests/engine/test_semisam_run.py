@@ -98,6 +98,40 @@ def test_log_and_pictures(data: Path, tmp_path: Path) -> None:
     assert np.asarray(Image.open(pictures[0])).ndim == 3
 
 
+def test_a_run_in_which_nothing_came_through_is_told(data: Path, tmp_path: Path) -> None:
+    """The gate was shut, nothing was asked; neither is said where masks counted or the gate is off."""
+    runs = {
+        "open": {},
+        "shut": {"agreement": [0.999, 1.0]},
+        "off": {"agreement": [0.999, 1.0], "gate": False},
+        "unasked": {"threshold": 0.9999},
+        "unasked-off": {"threshold": 0.9999, "gate": False},
+        "unwanted": {"agreement": [0.999, 1.0], "weight": 0.0},
+    }
+    said = {name: train(config_of(data, semisam=o, iterations=2), tmp_path / name).warnings for name, o in runs.items()}
+    about = {name: [text for text in texts if text.startswith("semisam: ")] for name, texts in said.items()}
+    assert {name: len(texts) for name, texts in about.items()} == {
+        "open": 0,
+        "shut": 1,
+        "off": 0,
+        "unasked": 1,
+        "unasked-off": 1,
+        "unwanted": 0,
+    }
+    assert "0.0 % of their weight" in about["shut"][0] and "0.999" in about["shut"][0]
+    assert "found nothing" in about["unasked"][0]
+
+
+def test_masks_that_do_not_prove_themselves_are_told(tmp_path: Path) -> None:
+    folder = tiny_dataset(tmp_path / "data", classes=3)
+    said = {}
+    for name, proof in (("shut", [1.0, 1.0]), ("open", [0.0, 0.0])):
+        config = config_of(folder, semisam={"agreement": [0.0, 0.0], "proof": proof}, iterations=2)
+        said[name] = [text for text in train(config, tmp_path / name).warnings if text.startswith("semisam: ")]
+    assert len(said["shut"]) == 1 and "labelled rows" in said["shut"][0]
+    assert said["open"] == []
+
+
 def test_in_sum_with_sfr_each_takes_its_own_model_built_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,9 +129,13 @@ class RunLog:
 
     def has(self, stage: str, iteration: int) -> bool:
         """Whether a line of this stage and iteration is there."""
+        return any(entry.get("iteration") == iteration for entry in self.entries(stage))
+
+    def entries(self, stage: str) -> list[dict[str, Any]]:
+        """Lines of one stage, in order."""
         if not self.path.exists():
-            return False
-        return any((entry.get("stage"), entry.get("iteration")) == (stage, iteration) for _, entry in self._lines())
+            return []
+        return [entry for _, entry in self._lines() if entry.get("stage") == stage]
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for line in self.path.read_text(encoding="utf-8").splitlines():

@@ -316,6 +316,8 @@ def _train_stage(
             Loop(task, fabric, work.log, work.stop).run()
 
     def finish_run() -> None:
+        trained = work.log.entries("train")
+        work.warnings += [f"{name}: {words}" for name, term in terms.items() if (words := term.conclude(trained))]
         validation.load_best(student)
         network = student
         if config.takes_pool_statistics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -161,6 +161,14 @@ class Term(nn.Module):
     def numbers(self) -> Mapping[str, float]:
         """What the log shall say of the latest step besides the loss, by name; no reference of an unlabelled case in it."""
         return {}
+
+    def conclude(self, log: Sequence[Mapping[str, Any]]) -> str | None:
+        """What the user should know of the training once it is over, told as a warning; None: nothing.
+
+        Args:
+            log: lines of the run's log of the training, in order; what `numbers` said is there as ``<name>/<term>``.
+        """
+        return None
 
     def picture(self) -> NDArray[Any] | None:
         """An RGB picture ``[rows, columns, 3]`` uint8 of the latest step, for TensorBoard and the report; None: no picture."""

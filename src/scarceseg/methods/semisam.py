@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PROOF_EVERY = 10
 """Questions from one look at labelled rows to the next."""
+SHUT = 0.01
+"""Mean weight over all classes below which a run is told that the gate was shut."""
 
 
 class SemiSamOptions(TermOptions):
@@ -334,6 +336,38 @@ class SemiSam(Term):
         means, and each by its number.
         """
         return self._numbers
+
+    def conclude(self, log: Sequence[Mapping[str, Any]]) -> str | None:
+        """Whether nothing was asked, or next to nothing was left of the answers: such a run is its base method's."""
+        lines = [line for line in log if f"gate/{self.name}" in line]
+        if not lines or not self.options.weight:
+            return None
+
+        def mean(key: str, among: Sequence[Mapping[str, Any]]) -> float:
+            return sum(line[f"{key}/{self.name}"] for line in among) / len(among)
+
+        asked = [line for line in lines if line[f"asked/{self.name}"] > 0]
+        gate = sum(line[f"gate/{self.name}"] * line[f"asked/{self.name}"] for line in lines) / len(lines)
+        if gate >= SHUT or (asked and not self.options.gate):
+            return None
+        if self.proven is not None:
+            proof = [lines[-1][f"proof_{number}/{self.name}"] for number in range(1, self.classes)]
+            low = self.options.proof[0]
+            if max(proof) <= low:
+                found = ", ".join(f"{value:.2f}" for value in proof)
+                return (
+                    f"the models' masks have not proved themselves on labelled rows (Dice of each class {found}; they count from "
+                    f"{low:g} on), so this run is nearly one without {self.name}: try another foundation model"
+                )
+        if not asked:
+            return "the student found nothing in any unlabelled patch, so no model was asked: train longer, or lower threshold"
+        return (
+            f"the gate left the models' masks {100 * gate:.1f} % of their weight, so this run is nearly one without {self.name}. "
+            f"Agreement with the student was {mean('agreement', asked):.2f} in the mean (it counts from "
+            f"{self.options.agreement[0]:g} on), the models' own quality {mean('quality', asked):.2f}, "
+            f"{mean('asked', lines):.2f} of the classes were asked for, and {100 * self._need:.0f} % is the most that so many "
+            f"labelled volumes leave: try another foundation model, or terms.{self.name}.gate: false, the paper's method"
+        )
 
     def picture(self) -> NDArray[Any] | None:
         """Patches with the student's mask, the clicks and the model's mask, of the latest step."""
