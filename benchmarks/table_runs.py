@@ -122,21 +122,30 @@ def _over_classes(mean: dict[str, dict[str, float | None]], key: str) -> float |
 
 def guesses(run: Path, dataset: Path) -> dict[str, dict[str, float]]:
     """Dice of every set of pseudo-labels a run left, by its stage: mean over classes and unlabelled volumes, prepared grid."""
+    found = {}
+    for stage, rows in scored(run, dataset).items():
+        scores = [row["dice"] for row in rows.values()]
+        found[stage] = {"dice": float(np.mean(scores)) if scores else 0.0, "volumes": len(scores)}
+    return found
+
+
+def scored(run: Path, dataset: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Dice and confidences of each pseudo-label a run left, by stage and volume; volumes that were left out are not in it."""
     plan = Plan.model_validate_json((run / "plan.json").read_text(encoding="utf-8"))
     hidden = json.loads((run / "split.json").read_text(encoding="utf-8"))["unlabelled"]
     cases = [case for case in load_dataset(dataset).cases if case.name in hidden]
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     references = None
     for table in sorted(run.glob(f"stages/**/{PseudoLabels.TABLE}")):
         references = references or prepare_cases(cases, (), plan, None)
         labels = PseudoLabels(table.parent)
-        scores = []
+        rows = found[str(table.parent.relative_to(run / "stages"))] = {}
         for name in json.loads(table.read_text(encoding="utf-8"))["cases"]:
             guess, truth = np.asarray(labels.label(name)), np.asarray(references[name].label)
             if (guess != 255).any():
-                scores.append(np.mean([dice(guess == c, truth == c) for c in range(1, len(plan.classes))]))
-        stage = str(table.parent.relative_to(run / "stages"))
-        found[stage] = {"dice": float(np.mean(scores)) if scores else 0.0, "volumes": len(scores)}
+                score = float(np.mean([dice(guess == c, truth == c) for c in range(1, len(plan.classes))]))
+                about = labels.notes(name)
+                rows[name] = {"dice": score, **{k: about[k] for k in ("confidence", "foreground_confidence")}}
     return found
 
 

@@ -383,6 +383,31 @@ def sfr_tuning() -> str:
     return markdown_table(lines) if lines else "Not measured yet."
 
 
+def confidence() -> str:
+    """How far each confidence of a guess says how good it is."""
+    known = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("la_development/*.json")}
+    lines = []
+    for row in sorted(load("confidence"), key=lambda row: (known[row["run"]]["labels"], row["run"])):
+        trained = known[row["run"]]
+        mark = "" if trained["code"] == code_hash(training_code(trained["method"])) else f" {STALE}"
+        for stage, found in row["stages"].items():
+            both = [found["confidence"], found["foreground_confidence"]]
+            lines.append(
+                {
+                    "labels": trained["labels"],
+                    "run": f"{trained['method']} {trained.get('name', '')}".strip(),
+                    "guesses": stage,
+                    "volumes": found["volumes"],
+                    "Dice, all [%]": f"{100 * found['dice']:.1f}{mark}",
+                    "rank correlation: volume": f"{both[0]['rank_correlation']:.2f}",
+                    "foreground": f"{both[1]['rank_correlation']:.2f}",
+                    "Dice of the surer half: volume": f"{100 * both[0]['dice']:.1f}",
+                    "foreground ": f"{100 * both[1]['dice']:.1f}",
+                }
+            )
+    return markdown_table(lines) if lines else "Not measured yet."
+
+
 def semisam_prompts() -> str:
     """Masks of a promptable model against those of the student that prompted it."""
     now = code_hash(SEMISAM_PROMPTS)
@@ -426,6 +451,7 @@ TABLES = {
     "phantoms-development": phantoms_development,
     "foundation-step": foundation_step,
     "semisam-prompts": semisam_prompts,
+    "confidence": confidence,
     "step-speed": step_speed,
     "step-profile": step_profile,
     "speed": speed,

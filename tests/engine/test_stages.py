@@ -28,7 +28,7 @@ from scarceseg.functional.pseudo import pseudo_label_loss, soft_label_loss
 from scarceseg.methods import fine_tuning as fine_tuning_module
 from scarceseg.methods.copy_mask import CopyMask as Copy
 from scarceseg.methods.fine_tuning import TunedTeacher
-from scarceseg.methods.pseudo_labels import PseudoLabels
+from scarceseg.methods.pseudo_labels import PseudoLabels, surest_of
 from scarceseg.methods.sfr import Sfr, SfrOptions
 from scarceseg.methods.sfr_plus import SfrPlus, SfrPlusOptions
 from scarceseg.networks import selftest as selftest_module
@@ -476,6 +476,64 @@ def test_a_share_holds_no_volume_without_a_finding(data: Path, tmp_path: Path, m
     result = train(config, tmp_path / "none")
     assert json.loads((tmp_path / "none" / "stages" / "sfr+-round1" / "sure.json").read_text()) == []
     assert any("finds nothing" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("more", [{}, {"trust": "weight"}, {"targets": "soft"}, {"targets": "soft", "trust": "weight"}])
+def test_only_the_surest_guesses_are_learnt(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, str]
+) -> None:
+    """What is guessed for the others changes nothing, and does without the option."""
+    wrong = False
+
+    def guess(self: Copy, work: Any, case: Any) -> np.ndarray:
+        high = 0.99 if case.name == "case_03" else 0.7
+        inside = (np.asarray(case.image[0]) > 0.3) ^ (wrong and case.name != "case_03")
+        return np.where(np.stack([~inside, inside]), high, 1 - high).astype(np.float32)
+
+    monkeypatch.setattr(Copy, "probability_of", guess)
+    for name, options in (("surest", {"surest": 0.5, **more}), ("all", more)):
+        for wrong in (False, True):
+            config = tiny_config(data, method="mean-teacher+copy", terms={"copy": options}, iterations=3)
+            train(config, tmp_path / f"{name}{wrong}")
+    assert same(tmp_path / "surestFalse", tmp_path / "surestTrue")
+    assert not same(tmp_path / "allFalse", tmp_path / "allTrue")
+    assert not same(tmp_path / "surestFalse", tmp_path / "allFalse")
+    assert any(e["loss/copy"] > 0 for e in lines(tmp_path / "surestFalse") if e["stage"] == "train")
+
+
+def test_the_surest_of_a_table() -> None:
+    """By either measure, one at least, none without a finding, ties by name."""
+    rows = {
+        "a": {"confidence": 0.9, "foreground_confidence": 0.7},
+        "b": {"confidence": 0.8, "foreground_confidence": 0.8},
+        "c": {"confidence": 0.99, "foreground_confidence": 0.0},
+        "d": {"confidence": 0.8, "foreground_confidence": 0.8},
+    }
+    assert surest_of(rows, "foreground_confidence", 0.5) == {"b", "d"}
+    assert surest_of(rows, "foreground_confidence", 0.1) == {"b"}
+    assert surest_of(rows, "confidence", 0.5) == {"a", "b"}
+    assert surest_of(rows, "confidence", 1.0) == {"a", "b", "d"}
+    assert surest_of({"c": rows["c"]}, "confidence", 0.5) == set()
+
+
+def test_the_surest_are_chosen_among_those_that_have_a_label(tmp_path: Path) -> None:
+    """The sure volumes of sfr+ have none, and the highest confidence."""
+    labels = PseudoLabels(tmp_path)
+    for case, found in (("a", 0.9), ("b", 0.8), ("c", 0.7)):
+        probability = np.full((2, 4, 4, 4), found, dtype=np.float32)
+        probability[0] = 1 - found
+        if case == "a":
+            labels.write_nothing(case, probability)
+        else:
+            labels.write(case, probability)
+    labels.finish(["a", "b", "c"])
+    assert labels.surest(0.5) == {"b"}
+    assert labels.surest(1.0) == {"b", "c"}
+
+
+def test_surest_is_of_whole_volumes() -> None:
+    with pytest.raises(ValueError, match="surest is of whole volumes"):
+        SfrOptions(labels="crop", surest=0.5)
 
 
 def test_sfr_plus_warns_when_none_or_all_pass(data: Path, tmp_path: Path) -> None:

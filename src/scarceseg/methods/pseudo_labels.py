@@ -91,7 +91,7 @@ class PseudoLabels:
         sure, inside = confidence(probability)
         store(self._entry(case, "weight"), np.zeros(size, dtype=np.float16), {})
         store(self._entry(case, "probability"), np.zeros(probability.shape, dtype=np.float16), {})
-        about = {"confidence": sure, "foreground_confidence": inside, **(notes or {})}
+        about = {"confidence": sure, "foreground_confidence": inside, "left_out": True, **(notes or {})}
         store(self._entry(case, "label"), np.full(size, IGNORE_LABEL, dtype=np.uint8), about)
 
     def label(self, case: str) -> LabelMap:
@@ -142,6 +142,16 @@ class PseudoLabels:
         write_text(self.folder / self.TABLE, json.dumps({**about, "cases": rows}, indent=1) + "\n")
         return rows
 
+    def surest(self, share: float) -> set[str]:
+        """The cases of the table with the highest confidence over the foreground, one at least, none without any foreground.
+
+        Args:
+            share: of the table's cases that have a label, in (0, 1]; rounded down.
+        """
+        rows = json.loads((self.folder / self.TABLE).read_text(encoding="utf-8"))["cases"]
+        guessed = {name: row for name, row in rows.items() if not row.get("left_out")}
+        return surest_of(guessed, "foreground_confidence", share)
+
     def _entry(self, case: str, kind: str) -> Path:
         return self.folder / f"{case}-{kind}.npy"
 
@@ -154,6 +164,19 @@ class PseudoLabels:
         return found
 
 
+def surest_of(rows: Mapping[str, Mapping[str, Any]], measure: str, share: float) -> set[str]:
+    """Names of the rows that rank highest, of those in which something was found.
+
+    Args:
+        rows: of a table of confidences, by case.
+        measure: "confidence" or "foreground_confidence".
+        share: of all rows, in (0, 1]; rounded down, one at least.
+    """
+    able = [name for name, row in rows.items() if row["foreground_confidence"] > 0]
+    surest = sorted(able, key=lambda name: (-rows[name][measure], name))
+    return set(surest[: max(int(share * len(rows)), 1)])
+
+
 class PseudoLabelOptions(TermOptions):
     """Options of every term that learns from guessed labels.
 
@@ -161,12 +184,15 @@ class PseudoLabelOptions(TermOptions):
         targets: "hard" classes, as SFR has it, or "soft" probabilities. (ours)
         trust: "all" voxels alike, or each by its "weight": the agreement of atlases, or the largest probability. (ours)
         largest_component: hard guesses keep the largest component of each class only.
+        surest: share of the unlabelled volumes whose guesses are learnt, those with the highest confidence over the foreground
+            first; on the others the term is silent. None takes all, also those in which nothing was found, as published. (ours)
     """
 
     weight: float = Field(1.0, ge=0)
     targets: Literal["hard", "soft"] = "hard"
     trust: Literal["all", "weight"] = "all"
     largest_component: bool = False
+    surest: float | None = Field(None, gt=0, le=1)
 
     def idle(self) -> dict[str, str]:
         """The cleaning of hard labels, where soft ones are learnt."""
@@ -202,7 +228,18 @@ class PseudoLabelTerm(Term):
 
     def fields(self, case: str, work: Workspace) -> Mapping[str, NDArray[Any]]:
         """The maps of one case."""
-        return read_fields(self.field_kinds, self.labels(work), case)
+        return self.maps(self.labels(work), case)
+
+    def maps(self, labels: PseudoLabels, case: str) -> dict[str, NDArray[Any]]:
+        """The maps of one case that are learnt from these guesses: nothing on a volume that is not among the surest."""
+        found = read_fields(self.field_kinds, labels, case)
+        if self.options.surest is None or case in labels.surest(self.options.surest):
+            return found
+        nothing = {"label": IGNORE_LABEL, "probability": 0, "weight": 0}
+        return {
+            key: np.broadcast_to(values.dtype.type(nothing[self.field_kinds[key]]), values.shape)  # takes no memory
+            for key, values in found.items()
+        }
 
     def loss(self, step: Step) -> torch.Tensor:
         """Scalar >= 0."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from scarceseg.files import write_atomic
 from scarceseg.methods.base import METHODS, Term, TermOptions, build_terms
-from scarceseg.methods.pseudo_labels import PseudoLabelOptions, PseudoLabels, PseudoLabelTerm, read_fields
+from scarceseg.methods.pseudo_labels import PseudoLabelOptions, PseudoLabels, PseudoLabelTerm
 
 if TYPE_CHECKING:
     from scarceseg.data.prepare import PreparedCase
@@ -67,7 +67,7 @@ class SelfTraining(PseudoLabelTerm):
         if number > 1:
             terms[self.name] = self
             before = PseudoLabels(work.folder(self.name, f"label{number - 1}"))
-            fields = {c.name: read_fields(self.field_kinds, before, c.name) for c in work.unlabelled}
+            fields = {c.name: self.maps(before, c.name) for c in work.unlabelled}
         iterations = self.options.teacher_iterations or work.config.iterations
         work.fit(name, network, terms, work.patches(name, fields), iterations)
         if work.fabric.is_global_zero:

@@ -31,10 +31,11 @@ class SfrOptions(TuningOptions):
 
     @model_validator(mode="after")
     def _crops(self) -> SfrOptions:
-        if self.labels == "crop" and self.largest_component:
-            raise ValueError(
-                "largest_component is of whole volumes, labels: crop labels patches; expected one or the other: leave one out"
-            )
+        for option in ("largest_component", "surest"):
+            if self.labels == "crop" and getattr(self, option):
+                raise ValueError(
+                    f"{option} is of whole volumes, labels: crop labels patches; expected one or the other: leave one out"
+                )
         return self
 
 

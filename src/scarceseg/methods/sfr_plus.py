@@ -13,7 +13,7 @@ from scarceseg.data.sampling import Source
 from scarceseg.files import write_text
 from scarceseg.methods.base import METHODS, TermOptions
 from scarceseg.methods.fine_tuning import TunedTeacher
-from scarceseg.methods.pseudo_labels import PseudoLabels
+from scarceseg.methods.pseudo_labels import PseudoLabels, surest_of
 from scarceseg.methods.sfr import Sfr, SfrOptions, warn_empty
 
 if TYPE_CHECKING:
@@ -157,14 +157,13 @@ class SfrPlus(Sfr):
         rows = own.finish(names) if work.fabric.is_global_zero else {name: own.notes(name) for name in names}
         key = "confidence" if self.options.measure == "volume" else "foreground_confidence"
         if self.options.share is not None:
-            able = [name for name in names if rows[name]["foreground_confidence"] > 0]
-            if not able:
+            found = surest_of(rows, key, self.options.share)
+            if not found:
                 work.warnings.append(
                     f"{self.name}: the student finds nothing in any unlabelled volume, so round {number} adds nothing to the "
                     "fine-tuning: train longer before it (fewer rounds, more iterations)"
                 )
-            surest = sorted(able, key=lambda name: (-rows[name][key], name))
-            return set(surest[: max(int(self.options.share * len(names)), 1)])
+            return found
         sure = {name for name in names if rows[name][key] >= self.options.threshold}
         if len(sure) in (0, len(names)):
             spread = sorted(rows[name][key] for name in names)
