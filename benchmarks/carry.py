@@ -22,14 +22,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+TEACHERS = ("la_teachers", "phantoms_teachers")
 Kind = tuple[bool, str, str, bool]
 """Several classes and channels, method, augmentation, a single labelled volume."""
 
 
 def kind_of(path: Path, row: Any) -> Kind | None:
     """What kind of run a row is of, for teachers alone a student's that learns from their labels; None for other rows."""
-    if path.parent.name == "la_teachers":
-        return False, row["method"], "deform", row["labels"] == 1
+    if path.parent.name in TEACHERS:
+        return path.parent.name.startswith("phantoms"), row["method"], "deform", row["labels"] == 1
     if not isinstance(row, dict) or "code" not in row or not isinstance(row.get("config"), dict):
         return None
     return path.parent.name.startswith("phantoms"), row["method"], row["config"]["augment"], row["labels"] == 1
@@ -52,7 +53,7 @@ def main() -> None:
     rows = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.rglob("*.json"))}
     changed = set(options.without.split(","))
     kinds = {path: kind for path, row in rows.items() if (kind := kind_of(path, row))}
-    parts = {path: f"{kind[1]} alone" if path.parent.name == "la_teachers" else kind[1] for path, kind in kinds.items()}
+    parts = {path: f"{kind[1]} alone" if path.parent.name in TEACHERS else kind[1] for path, kind in kinds.items()}
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "old"
         subprocess.run(["git", "worktree", "add", "--detach", str(old), options.commit], cwd=ROOT, check=True)

@@ -43,13 +43,16 @@ def load(folder: str) -> list[dict[str, Any]]:
 
 def la_development() -> str:
     """LA development split, with the published figures (full resolution, other test cases) beside ours."""
-    direct = [row | {"name": "alone, no network"} for row in load("la_teachers")]
-    return _beside_published([*direct, *load("la_development")])
+    return _beside_published([*_teachers("la_teachers"), *load("la_development")])
 
 
 def la_reflections() -> str:
     """The same with the augmentation of the published scripts."""
     return _beside_published(load("reflections/la_development"))
+
+
+def _teachers(folder: str) -> list[dict[str, Any]]:
+    return [row | {"name": "alone, no network"} for row in load(folder)]
 
 
 def _beside_published(rows: list[dict[str, Any]]) -> str:
@@ -180,7 +183,8 @@ def la_suggest() -> str:
 
 def phantoms_development() -> str:
     """Four structures in two channels: the mean over them."""
-    lines = [_row(seeds) for seeds in _by_seed(load("phantoms_development"))]
+    rows = [*_teachers("phantoms_teachers"), *load("phantoms_development")]
+    lines = [_row(seeds) for seeds in _by_seed(rows)]
     return markdown_table(lines) if lines else "Not measured yet."
 
 
