@@ -46,6 +46,12 @@ def la_development() -> str:
     return _beside_published([*_teachers("la_teachers"), *load("la_development")])
 
 
+def la_summary() -> str:
+    """The same at a glance: methods as they are by default, by labels."""
+    plain = [row for row in load("la_development") if not row.get("name")]
+    return _by_method([*_teachers("la_teachers"), *plain], guesses=False)
+
+
 def la_reflections() -> str:
     """The same with the augmentation of the published scripts."""
     return _beside_published(load("reflections/la_development"))
@@ -92,7 +98,7 @@ def semisam_weight() -> str:
     return _by_method([row for row in load("reflections/running/la_coarse") if row["method"] in kinds])
 
 
-def _by_method(rows: list[dict[str, Any]]) -> str:
+def _by_method(rows: list[dict[str, Any]], guesses: bool = True) -> str:
     columns = sorted({row["labels"] for row in rows})
     methods = dict.fromkeys(
         (row["method"], row.get("name", "")) for row in sorted(rows, key=lambda r: _by_labels(r)[1:])
@@ -102,18 +108,17 @@ def _by_method(rows: list[dict[str, Any]]) -> str:
         line: dict[str, object] = {"method": f"{method} {name}".strip()}
         for labels in columns:
             found = [r for r in rows if (r["method"], r.get("name", ""), r["labels"]) == (method, name, labels)]
-            line[_counted(labels)] = _coarse_cell(found) if found else "-"
+            line[_counted(labels)] = _cell(found, guesses) if found else "-"
         lines.append(line)
     return markdown_table(lines) if lines else "Not measured yet."
 
 
-def _coarse_cell(rows: list[dict[str, Any]]) -> str:
-    now = code_hash(training_code(rows[0]["method"]))
+def _cell(rows: list[dict[str, Any]], guesses: bool) -> str:
     distances = [row["hd95_mm"] for row in rows if row["hd95_mm"] is not None]
-    guesses = [[guess["dice"] for guess in row["pseudo_labels"].values()] for row in rows]
-    labels = [f"{100 * mean(stage):.0f}" for stage in zip(*guesses, strict=True)]
+    found = [[guess["dice"] for guess in row["pseudo_labels"].values()] for row in rows] if guesses else []
+    labels = [f"{100 * mean(stage):.0f}" for stage in zip(*found, strict=True)]
     parts = [_dice(rows), _number(mean(distances) if distances else None), *([", ".join(labels)] if labels else [])]
-    return " / ".join(parts) + ("" if all(row["code"] == now for row in rows) else f" {STALE}")
+    return " / ".join(parts) + _mark(*rows)
 
 
 def _counted(labels: int) -> str:
@@ -157,8 +162,13 @@ def _run(row: dict[str, Any]) -> tuple[object, ...]:
     return (*_by_labels(row), row["config"]["seed"])
 
 
-def _mark(row: dict[str, Any]) -> str:
-    return "" if row["code"] == code_hash(training_code(row["method"])) else f" {STALE}"
+def _mark(*rows: dict[str, Any]) -> str:
+    """The mark, unless all of these runs, or labels of a teacher alone, are of today's code."""
+    return "" if all(row["code"] == code_hash(_code(row)) for row in rows) else f" {STALE}"
+
+
+def _code(row: dict[str, Any]) -> tuple[str, ...]:
+    return training_code(row["method"]) if "train_minutes" in row else direct_code(row["method"])
 
 
 def la_suggest() -> str:
@@ -201,18 +211,16 @@ def _by_seed(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _row(seeds: list[dict[str, Any]]) -> dict[str, object]:
     """Means over seeds, and the Dice of each."""
     first = seeds[0]
-    trained = "train_minutes" in first
-    now = code_hash(training_code(first["method"]) if trained else direct_code(first["method"]))
     guesses = [[guess["dice"] for guess in row.get("pseudo_labels", {}).values()] for row in seeds]
     minutes = [
-        row["train_minutes"] + sum(row.get("stage_minutes", {}).values()) if trained else row["minutes"]
+        row["train_minutes"] + sum(row.get("stage_minutes", {}).values()) if "train_minutes" in row else row["minutes"]
         for row in seeds
     ]
     distances = {key: [row[key] for row in seeds if row[key] is not None] for key in ("hd95_mm", "asd_mm")}
     return {
         "labels": first["labels"],
         "method": f"{first['method']} {first.get('name', '')}".strip(),
-        "Dice [%]": _dice(seeds) + ("" if all(row["code"] == now for row in seeds) else f" {STALE}"),
+        "Dice [%]": _dice(seeds) + _mark(*seeds),
         **{f"{key[:-3].upper()} [mm]": _number(mean(found) if found else None) for key, found in distances.items()},
         "failed": sum(row["failed"] for row in seeds),
         "pseudo-label Dice": " / ".join(f"{100 * mean(stage):.1f}" for stage in zip(*guesses, strict=True)) or "-",
@@ -444,6 +452,7 @@ def _number(value: float | None) -> str:
 
 TABLES = {
     "la-development": la_development,
+    "la-summary": la_summary,
     "la-coarse": la_coarse,
     "la-reflections": la_reflections,
     "coarse-reflections": coarse_reflections,
