@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,25 +267,9 @@ def _train_stage(
     """Run the stages and the training; what it returns makes and measures the model, in the first process alone."""
     config, folder, plan, fabric = work.config, work.run, work.plan, work.fabric
     with closing(work.log):
-        for name, term in terms.items():
-            for stage in term.stages():
-                _offline_stage(work, name, term, stage)
-        for term in terms.values():
-            term.initialise(student, work)
-        if not any(term.rounds(config.iterations) for term in terms.values()):
-            work.release_models()  # large ones would stay in memory to the end
-        for name, term in terms.items():
-            torch.manual_seed(work.seed(f"{name}-attach"))
-            term.attach(student)
-            term.to(fabric.device)
+        _ready(student, work, terms)
         sampler = patch_sampler(
-            config,
-            plan,
-            work.labelled,
-            work.unlabelled,
-            config.seed,
-            _fields(work, terms),
-            _needs_unlabelled(terms),
+            config, plan, work.labelled, work.unlabelled, config.seed, _fields(work, terms), _needs_unlabelled(terms)
         )
 
         def on_round(iteration: int) -> None:
@@ -315,33 +300,53 @@ def _train_stage(
         with timed_stage(folder, "train"):
             Loop(task, fabric, work.log, work.stop).run()
 
-    def finish_run() -> None:
-        trained = work.log.entries("train")
-        work.warnings += [f"{name}: {words}" for name, term in terms.items() if (words := term.conclude(trained))]
-        validation.load_best(student)
-        network = student
-        if config.takes_pool_statistics:
-            with timed_stage(folder, "statistics"):
-                network = work.as_saved(student)  # its batch norms belong to this process alone
-        summary = {
-            "method": config.method,
-            "labelled": len(split.labelled),
-            "unlabelled": len(split.unlabelled),
-            "iterations": config.iterations,
-            "seed": config.seed,
-            "precision": work.precision,
-            "augment": config.augment,
-        }
-        save_model(folder, network, config.network, plan, summary)
-        with timed_stage(folder, "validate"):
-            if broken := finish(folder, split, config.device, work.stop):
-                work.warnings.append(
-                    f"the network's output is not a number everywhere for {', '.join(broken)}: look at their intensities beside "
-                    "those of the other volumes, or train with --precision fp32"
-                )
-            keep_pool(work, terms)
+    return partial(_make_model, student, work, split, terms, validation)
 
-    return finish_run
+
+def _ready(student: SegmentationNetwork, work: Workspace, terms: dict[str, Term]) -> None:
+    """The terms' offline stages, then what they need beside the student."""
+    for name, term in terms.items():
+        for stage in term.stages():
+            _offline_stage(work, name, term, stage)
+    for term in terms.values():
+        term.initialise(student, work)
+    if not any(term.rounds(work.config.iterations) for term in terms.values()):
+        work.release_models()  # large ones would stay in memory to the end
+    for name, term in terms.items():
+        torch.manual_seed(work.seed(f"{name}-attach"))
+        term.attach(student)
+        term.to(work.fabric.device)
+
+
+def _make_model(
+    student: SegmentationNetwork, work: Workspace, split: Split, terms: dict[str, Term], validation: Validation
+) -> None:
+    """Make the model of the trained student and measure it."""
+    config, folder = work.config, work.run
+    trained = work.log.entries("train")
+    work.warnings += [f"{name}: {words}" for name, term in terms.items() if (words := term.conclude(trained))]
+    validation.load_best(student)
+    network = student
+    if config.takes_pool_statistics:
+        with timed_stage(folder, "statistics"):
+            network = work.as_saved(student)  # its batch norms belong to this process alone
+    summary = {
+        "method": config.method,
+        "labelled": len(split.labelled),
+        "unlabelled": len(split.unlabelled),
+        "iterations": config.iterations,
+        "seed": config.seed,
+        "precision": work.precision,
+        "augment": config.augment,
+    }
+    save_model(folder, network, config.network, work.plan, summary)
+    with timed_stage(folder, "validate"):
+        if broken := finish(folder, split, config.device, work.stop):
+            work.warnings.append(
+                f"the network's output is not a number everywhere for {', '.join(broken)}: look at their intensities beside "
+                "those of the other volumes, or train with --precision fp32"
+            )
+        keep_pool(work, terms)
 
 
 def _offline_stage(work: Workspace, name: str, term: Term, stage: str) -> None:
