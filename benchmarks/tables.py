@@ -382,7 +382,7 @@ def sfr_tuning() -> str:
     lines = []
     for row in sorted(load("sfr_tuning"), key=lambda r: (r["labels"], r["dice"])):
         label = row["pseudo_labels"]["sfr-label"]["dice"]
-        minutes = row["stage_minutes"].get("sfr-tune")  # none where the model of another row is taken over
+        taken_over = row["config"]["terms"].get("sfr", {}).get("tuned_in")
         lines.append(
             {
                 "labels": row["labels"],
@@ -390,7 +390,7 @@ def sfr_tuning() -> str:
                 "label Dice, the pool [%]": f"{100 * label:.1f}{_mark(row)}",
                 "student Dice [%]": f"{100 * row['dice']:.1f}",
                 "HD95 [mm]": _number(row["hd95_mm"]),
-                "minutes of tuning": _number(minutes),
+                "minutes of tuning": "-" if taken_over else _number(row["stage_minutes"]["sfr-tune"]),
             }
         )
     return markdown_table(lines) if lines else "Not measured yet."

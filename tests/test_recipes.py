@@ -178,6 +178,7 @@ def test_commands_with_sfr_tune_as_the_paper_does() -> None:
         )
         options: Any = build_terms(config.method, config.terms, 2)["sfr"].options
         assert (options.patch_augment, options.tune_warmup, options.tune_clip) == ("reflections", 0, None)
+        assert options.surest is None
         assert (options.tune_weight_decay, options.tune_power, options.tune_rows, options.axes) == (0.1, 0.9, 2, (2,))
 
 

@@ -25,10 +25,11 @@ from scarceseg.errors import ConfigError, Interrupted, RunError
 from scarceseg.foundation.tiny_sam3d import save_tiny_sam3d
 from scarceseg.foundation.tiny_sam3d_tuned import TinySam3DModel, TunedTinySam3D
 from scarceseg.functional.pseudo import pseudo_label_loss, soft_label_loss
+from scarceseg.methods import build_terms
 from scarceseg.methods import fine_tuning as fine_tuning_module
 from scarceseg.methods.copy_mask import CopyMask as Copy
 from scarceseg.methods.fine_tuning import TunedTeacher
-from scarceseg.methods.pseudo_labels import PseudoLabels, surest_of
+from scarceseg.methods.pseudo_labels import PseudoLabels, PseudoLabelTerm, surest_of
 from scarceseg.methods.sfr import Sfr, SfrOptions
 from scarceseg.methods.sfr_plus import SfrPlus, SfrPlusOptions
 from scarceseg.networks import selftest as selftest_module
@@ -529,6 +530,26 @@ def test_the_surest_are_chosen_among_those_that_have_a_label(tmp_path: Path) -> 
     labels.finish(["a", "b", "c"])
     assert labels.surest(0.5) == {"b"}
     assert labels.surest(1.0) == {"b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("method", "labelled", "options", "share"),
+    [
+        ("sfr", 1, {}, 0.5),
+        ("sfr", 2, {}, None),
+        ("sfr+", 1, {}, 0.5),
+        ("sfr", 1, {"surest": None}, None),
+        ("sfr", 2, {"surest": 0.3}, 0.3),
+        ("atlas", 1, {}, None),
+        ("copy", 1, {"surest": 0.5}, 0.5),
+    ],
+)
+def test_what_is_learnt_of_the_guesses(
+    method: str, labelled: int, options: dict[str, Any], share: float | None
+) -> None:
+    term = build_terms(f"mean-teacher+{method}", {method: options}, 2)[method]
+    assert isinstance(term, PseudoLabelTerm)
+    assert term.learnt(SimpleNamespace(labelled=range(labelled))) == share  # type: ignore[arg-type]
 
 
 def test_surest_is_of_whole_volumes() -> None:

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -185,14 +185,15 @@ class PseudoLabelOptions(TermOptions):
         trust: "all" voxels alike, or each by its "weight": the agreement of atlases, or the largest probability. (ours)
         largest_component: hard guesses keep the largest component of each class only.
         surest: share of the unlabelled volumes whose guesses are learnt, those with the highest confidence over the foreground
-            first; on the others the term is silent. None takes all, also those in which nothing was found, as published. (ours)
+            first; on the others the term is silent. None takes all, also those in which nothing was found, as published. "auto"
+            is 0.5 for `sfr` and `sfr+` with a single labelled volume, and None otherwise. (ours)
     """
 
     weight: float = Field(1.0, ge=0)
     targets: Literal["hard", "soft"] = "hard"
     trust: Literal["all", "weight"] = "all"
     largest_component: bool = False
-    surest: float | None = Field(None, gt=0, le=1)
+    surest: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = "auto"
 
     def idle(self) -> dict[str, str]:
         """The cleaning of hard labels, where soft ones are learnt."""
@@ -204,6 +205,8 @@ class PseudoLabelTerm(Term):
 
     Options: ClassVar[type[TermOptions]] = PseudoLabelOptions
     reads = frozenset({"unlabelled"})
+    surest_of_one: ClassVar[float | None] = None
+    """What the option `surest` is by itself with a single labelled volume."""
     options: PseudoLabelOptions
 
     @property
@@ -228,12 +231,18 @@ class PseudoLabelTerm(Term):
 
     def fields(self, case: str, work: Workspace) -> Mapping[str, NDArray[Any]]:
         """The maps of one case."""
-        return self.maps(self.labels(work), case)
+        return self.maps(self.labels(work), case, work)
 
-    def maps(self, labels: PseudoLabels, case: str) -> dict[str, NDArray[Any]]:
+    def learnt(self, work: Workspace) -> float | None:
+        """The share of the guesses that is learnt; None: all."""
+        if self.options.surest != "auto":
+            return self.options.surest
+        return self.surest_of_one if len(work.labelled) == 1 else None
+
+    def maps(self, labels: PseudoLabels, case: str, work: Workspace) -> dict[str, NDArray[Any]]:
         """The maps of one case that are learnt from these guesses: nothing on a volume that is not among the surest."""
-        found = read_fields(self.field_kinds, labels, case)
-        if self.options.surest is None or case in labels.surest(self.options.surest):
+        found, share = read_fields(self.field_kinds, labels, case), self.learnt(work)
+        if share is None or case in labels.surest(share):
             return found
         nothing = {"label": IGNORE_LABEL, "probability": 0, "weight": 0}
         return {

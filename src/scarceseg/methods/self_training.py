@@ -67,7 +67,7 @@ class SelfTraining(PseudoLabelTerm):
         if number > 1:
             terms[self.name] = self
             before = PseudoLabels(work.folder(self.name, f"label{number - 1}"))
-            fields = {c.name: self.maps(before, c.name) for c in work.unlabelled}
+            fields = {c.name: self.maps(before, c.name, work) for c in work.unlabelled}
         iterations = self.options.teacher_iterations or work.config.iterations
         work.fit(name, network, terms, work.patches(name, fields), iterations)
         if work.fabric.is_global_zero:

@@ -31,8 +31,11 @@ class SfrOptions(TuningOptions):
 
     @model_validator(mode="after")
     def _crops(self) -> SfrOptions:
-        for option in ("largest_component", "surest"):
-            if self.labels == "crop" and getattr(self, option):
+        for option, found in (
+            ("largest_component", self.largest_component),
+            ("surest", self.surest not in ("auto", None)),
+        ):
+            if self.labels == "crop" and found:
                 raise ValueError(
                     f"{option} is of whole volumes, labels: crop labels patches; expected one or the other: leave one out"
                 )
@@ -45,7 +48,8 @@ class Sfr(PseudoLabelTerm):
 
     The foundation model sees each labelled volume as a mosaic of its slices, is tuned on it (stage `tune`), labels the
     unlabelled volumes (stage `label`), and is not needed afterwards. A volumetric model takes SAM's place without a mosaic;
-    where none is named, `tiny-sam` does it with a single labelled volume and `tiny-sam3d` with more.
+    where none is named, `tiny-sam` does it with a single labelled volume and `tiny-sam3d` with more. With a single labelled
+    volume many labels are poor: only those of the surer half of the pool are learnt (`surest`; None learns all, as published).
 
     Differs from the authors' code: a volume is labelled once, as a whole or in overlapping mosaics with averaged probabilities,
     and its label is cropped with the image; there, the tuned model runs on every training crop, which ``labels: crop`` does
@@ -57,6 +61,7 @@ class Sfr(PseudoLabelTerm):
     Options: ClassVar[type[TermOptions]] = SfrOptions
     foundation = "tiny-sam3d"
     foundation_of_one: ClassVar[str] = "tiny-sam"
+    surest_of_one = 0.5
     options: SfrOptions
 
     @classmethod
@@ -119,6 +124,7 @@ class Sfr(PseudoLabelTerm):
             "strategy": self.options.strategy,
             "tune_iterations": teacher.iterations,
             **({"tuned_in": self.options.tuned_in} if self.options.tuned_in else {}),
+            **({} if (share := self.learnt(work)) is None else {"surest": share}),
         }
 
     def _guessed(self, work: Workspace) -> list[Source]:
