@@ -23,17 +23,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEACHERS = ("la_teachers", "phantoms_teachers")
-Kind = tuple[bool, str, str, bool]
-"""Several classes and channels, method, augmentation, a single labelled volume."""
+LEARNT = ("surest", "share", "measure", "sure", "rounds", "targets", "trust", "largest_component", "learn_from", "gate")
+"""Options that decide what of the teachers' answers is learnt; the others have their defaults here."""
+Kind = tuple[bool, str, str, bool, str]
+"""Several classes and channels, method, augmentation, a single labelled volume, options of the terms as JSON."""
 
 
 def kind_of(path: Path, row: Any) -> Kind | None:
     """What kind of run a row is of, for teachers alone a student's that learns from their labels; None for other rows."""
     if path.parent.name in TEACHERS:
-        return path.parent.name.startswith("phantoms"), row["method"], "deform", row["labels"] == 1
+        return path.parent.name.startswith("phantoms"), row["method"], "deform", row["labels"] == 1, "{}"
     if not isinstance(row, dict) or "code" not in row or not isinstance(row.get("config"), dict):
         return None
-    return path.parent.name.startswith("phantoms"), row["method"], row["config"]["augment"], row["labels"] == 1
+    terms = {
+        name: {key: value for key, value in options.items() if key in LEARNT}
+        for name, options in row["config"]["terms"].items()
+    }
+    options = json.dumps({name: chosen for name, chosen in terms.items() if chosen}, sort_keys=True)
+    return path.parent.name.startswith("phantoms"), row["method"], row["config"]["augment"], row["labels"] == 1, options
 
 
 def main() -> None:
@@ -118,7 +125,8 @@ def weights(kinds: list[Kind]) -> list[str]:
     tuning = {"tune_iterations": 2}
     quick = {"sfr": tuning, "sfr+": {**tuning, "refresh_iterations": 2}, "atlas": {"workers": 1}}
     left = []
-    for number, (several, method, augment, single) in enumerate(kinds):
+    for number, (several, method, augment, single, options) in enumerate(kinds):
+        chosen = json.loads(options)
         values = {
             "dataset": str(Path(f"data{several}").resolve()),
             "method": method,
@@ -132,7 +140,7 @@ def weights(kinds: list[Kind]) -> list[str]:
             "device": "cpu",
             "precision": "fp32",
             "memory_format": "contiguous",
-            "terms": {name: quick[name] for name in parse_method(method) if name in quick},
+            "terms": {name: {**quick.get(name, {}), **chosen.get(name, {})} for name in parse_method(method)},
         }
         out = Path(f"run{number}")
         try:
