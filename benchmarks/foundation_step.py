@@ -26,6 +26,7 @@ from scarceseg.engine.loop import build_optimizer
 from scarceseg.engine.step import place, train_step
 from scarceseg.foundation.base import Tuning
 from scarceseg.foundation.load import load_foundation
+from scarceseg.foundation.memory import EmbeddingMemory
 from scarceseg.methods import build_terms, semisam
 from scarceseg.methods.base import Term
 from scarceseg.methods.semisam import SemiSam
@@ -96,7 +97,7 @@ def batch_of(patch: Patch) -> tuple[Labelled, Unlabelled]:
 def watched(parts: dict[str, float]) -> Iterator[None]:
     """Add up the time SemiSAM spends in its three parts."""
     kept = {"prompt": semisam.first_prompts, "answer": semisam.converse}
-    original = semisam._Memory.embed
+    original = EmbeddingMemory.embed
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def inner(*arguments: Any) -> Any:
@@ -108,12 +109,12 @@ def watched(parts: dict[str, float]) -> Iterator[None]:
         return inner
 
     semisam.first_prompts, semisam.converse = timed("prompt", kept["prompt"]), timed("answer", kept["answer"])
-    semisam._Memory.embed = timed("embed", original)  # type: ignore[method-assign]
+    EmbeddingMemory.embed = timed("embed", original)  # type: ignore[method-assign]
     try:
         yield
     finally:
         semisam.first_prompts, semisam.converse = kept["prompt"], kept["answer"]
-        semisam._Memory.embed = original  # type: ignore[method-assign]
+        EmbeddingMemory.embed = original  # type: ignore[method-assign]
 
 
 def seconds(case: str, patch: Patch, repeats: int) -> dict[str, Any]:
