@@ -32,9 +32,8 @@ def main() -> None:
         stages = {}
         for stage, rows in scored(run, options.dataset).items():
             dice = np.array([row["dice"] for row in rows.values()])
-            if len(dice) < 4 or re.fullmatch(
-                r".*-round\d+", stage
-            ):  # the model's in a later round: not chosen by confidence
+            of_a_round = re.fullmatch(r".*-round\d+", stage)  # the model's in a later round: not chosen by confidence
+            if of_a_round or len(dice) < 4:
                 continue
             found: dict[str, object] = {"volumes": len(dice), "dice": float(dice.mean())}
             for measure in MEASURES:

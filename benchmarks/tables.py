@@ -402,7 +402,6 @@ def confidence() -> str:
     lines = []
     for row in sorted(load("confidence"), key=lambda row: (known[row["run"]]["labels"], row["run"])):
         trained = known[row["run"]]
-        mark = "" if trained["code"] == code_hash(training_code(trained["method"])) else f" {STALE}"
         for stage, found in row["stages"].items():
             both = [found["confidence"], found["foreground_confidence"]]
             lines.append(
@@ -411,7 +410,7 @@ def confidence() -> str:
                     "run": f"{trained['method']} {trained.get('name', '')}".strip(),
                     "guesses": stage,
                     "volumes": found["volumes"],
-                    "Dice, all [%]": f"{100 * found['dice']:.1f}{mark}",
+                    "Dice, all [%]": f"{100 * found['dice']:.1f}{_mark(trained)}",
                     "rank correlation: volume": f"{both[0]['rank_correlation']:.2f}",
                     "foreground": f"{both[1]['rank_correlation']:.2f}",
                     "Dice of the surer half: volume": f"{100 * both[0]['dice']:.1f}",
