@@ -66,7 +66,7 @@ def test_train_predict_evaluate_report(data: Path, tmp_path: Path, capsys: pytes
     )
     assert status == 0, err
     result = json.loads(scores.read_text())
-    assert set(result) == {"units", "cases", "mean", "failed", "absent"} and len(result["cases"]) == 5
+    assert set(result) == {"units", "cases", "mean", "failed", "absent", "missing"} and len(result["cases"]) == 5
     assert set(result["cases"]["case_00"]["box1"]) == {"dice", "jaccard", "asd", "assd", "hd95"}
     assert scarceseg("report", run, capsys=capsys)[0] == 0
     assert scarceseg(*train, capsys=capsys)[0] == 2  # the folder is taken

@@ -64,7 +64,7 @@ def test_json_and_csv_have_the_promised_form(folders: tuple[Path, Path], tmp_pat
     text = (tmp_path / "out" / "r.json").read_text()
     values = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert values == result.to_json()
-    assert list(values) == ["units", "cases", "mean", "failed", "absent"]
+    assert list(values) == ["units", "cases", "mean", "failed", "absent", "missing"]
     assert values["cases"]["b"]["2"] == {"dice": 0.0, "jaccard": 0.0, "asd": None, "assd": None, "hd95": None}
     assert values["failed"] == [{"case": "b", "class": "2", "reason": "empty prediction"}]
     others = [values["cases"][case]["2"]["hd95"] for case in ("a", "c")]
@@ -182,6 +182,7 @@ def test_unpaired_cases(folders: tuple[Path, Path]) -> None:
         and "1 of 4 references have no prediction" in result.warnings[0]
         and "d" in result.warnings[0]
     )
+    assert result.missing == ("d",) and result.to_json()["missing"] == ["d"]
     put(folders[0], "x.nii.gz", labels(5))
     with pytest.raises(DataError, match=r"1 of 4 predictions have no reference.*: x;"):
         evaluate(*folders)

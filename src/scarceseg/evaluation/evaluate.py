@@ -50,7 +50,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Compare label files, found by case name: the file name without its ending, so that formats may differ.
 
-    Every prediction needs a reference; a reference without prediction is left out with a warning. Probability and
+    Every prediction needs a reference; a reference without prediction is left out with a
+    warning, and named in the JSON. Probability and
     uncertainty files that `predict` wrote beside the masks are passed over. Label values are
     named by the ``dataset.json`` beside the folder of references (or in it) when there is one, otherwise by themselves.
     A class that is in neither file of a case counts as two empty masks (Dice 1, distances 0); `EvaluationResult.absent` has how
@@ -78,7 +79,7 @@ def evaluate(
     if wrong := [f"{name}: {value}" for name, value in (classes or {}).items() if not 1 <= value <= 255]:
         raise ConfigError(f"classes: expected label values of foreground classes, 1 to 255, got {wrong[0]}")
     known = references if isinstance(references, Mapping) else Path(references)
-    pairs, warnings = _pairs(Path(predictions), known)
+    pairs, missing = _pairs(Path(predictions), known)
     names = dict(classes) if classes is not None else _class_values(known)
 
     def score(case: str) -> _Score | DataError:
@@ -94,7 +95,7 @@ def evaluate(
         # Threads and not processes: nearly all the time is spent in compiled code that lets the others go on.
         with ThreadPoolExecutor(count) as pool:
             scores = list(pool.map(score, pairs))
-    result = _summary(dict(zip(pairs, scores, strict=True)), units, tuple(warnings), names)
+    result = _summary(dict(zip(pairs, scores, strict=True)), units, names, missing)
     if json is not None:
         write_text(Path(json), jsonlib.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     if csv is not None:
@@ -108,14 +109,16 @@ def _check_word(name: str, word: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected {' or '.join(known)}, got {word!r}")
 
 
-def _pairs(predictions: Path, references: Path | Mapping[str, Path]) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
-    """Prediction and reference file of each case, sorted by name, and warnings."""
+def _pairs(
+    predictions: Path, references: Path | Mapping[str, Path]
+) -> tuple[dict[str, tuple[Path, Path]], tuple[str, ...]]:
+    """Prediction and reference file of each case, sorted by name, and the cases without prediction."""
     if isinstance(references, Mapping):
         if not references:
             raise DataError("there are no references: expected the label file of at least one case")
         known, where = dict(references), ""
     elif predictions.is_file() and references.is_file():
-        return {_case_name(predictions): (predictions, references)}, []
+        return {_case_name(predictions): (predictions, references)}, ()
     if not predictions.exists():
         raise DataError(f"there are no predictions at {predictions}: check the path")
     if not isinstance(references, Mapping):
@@ -141,12 +144,8 @@ def _pairs(predictions: Path, references: Path | Mapping[str, Path]) -> tuple[di
             f"{_some(missing)}; references are named like {next(iter(known))!r}: rename the predictions, or move what "
             "is none out of the folder"
         )
-    warnings = []
-    if predictions.is_dir() and (unused := sorted(known.keys() - found.keys())):
-        warnings.append(
-            f"{len(unused)} of {len(known)} references have no prediction and are left out: {_some(unused)}"
-        )
-    return {case: (found[case], known[case]) for case in sorted(found)}, warnings
+    unused = sorted(known.keys() - found.keys()) if predictions.is_dir() else []
+    return {case: (found[case], known[case]) for case in sorted(found)}, tuple(unused)
 
 
 def _is_map(name: str, known: Iterable[str]) -> bool:
@@ -261,8 +260,8 @@ def _check_values(path: Path, boxes: Mapping[int, Box], names: Mapping[str, int]
 def _summary(
     scores: Mapping[str, _Score | DataError],
     units: Units,
-    warnings: tuple[str, ...],
     names: Mapping[str, int] | None,
+    missing: tuple[str, ...],
 ) -> EvaluationResult:
     cases = {case: score.metrics for case, score in scores.items() if isinstance(score, _Score)}
     nowhere = [score.absent for score in scores.values() if isinstance(score, _Score)]
@@ -279,7 +278,11 @@ def _summary(
         failed += [Failure(case, name, reason) for name, reason in reasons.items()]
     mean = mean_metrics(cases)
     absent = {name: sum(name in classes for classes in nowhere) for name in mean}
-    return EvaluationResult(units, cases, mean, tuple(failed), warnings, absent)
+    warnings = []
+    if missing:
+        references = f"{len(missing)} of {len(scores) + len(missing)} references"
+        warnings.append(f"{references} have no prediction and are left out: {_some(missing)}")
+    return EvaluationResult(units, cases, mean, tuple(failed), tuple(warnings), absent, missing)
 
 
 def _raise_for_broken(result: EvaluationResult, count: int) -> None:

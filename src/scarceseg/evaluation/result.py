@@ -44,8 +44,9 @@ class EvaluationResult:
         cases: case -> class -> metric; an undefined distance is NaN.
         mean: class -> metric, over the cases in which it is finite; NaN when there is none.
         failed: empty masks on one side (listed with ``empty="zero"`` too) and cases that could not be evaluated.
-        warnings: what the user should know, such as references without a prediction. Not part of the JSON.
+        warnings: what the user should know. Not part of the JSON.
         absent: class -> cases in which both masks are empty; they count as right in the means (Dice 1, distances 0).
+        missing: cases with a reference and no prediction; no mean counts them.
     """
 
     units: Units
@@ -54,9 +55,10 @@ class EvaluationResult:
     failed: tuple[Failure, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
     absent: dict[str, int] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """``{"units", "cases": {id: {class: {metric}}}, "mean": {class: {metric}}, "failed": [...], "absent": {class: n}}``.
+        """``{"units", "cases": {id: {class: {metric}}}, "mean": {class: {metric}}, "failed": [...], "absent", "missing"}``.
 
         Undefined numbers are ``null``, since JSON has no NaN. An entry of ``failed`` is
         ``{"case", "class", "reason"}``, ``class`` being ``null`` when the whole case could not be evaluated.
@@ -67,6 +69,7 @@ class EvaluationResult:
             "mean": _nullable(self.mean),
             "failed": [failure.to_json() for failure in self.failed],
             "absent": dict(self.absent),
+            "missing": list(self.missing),
         }
 
 
