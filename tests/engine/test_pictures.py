@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from scarceseg.config import Config
 from scarceseg.engine import pictures
 from scarceseg.engine.run import train
 from scarceseg.foundation.sam_volume import SamPromptable
@@ -43,7 +44,7 @@ def arrays(path: Path) -> dict[str, Any]:
 def test_least_median_and_most_confident_volume_are_kept(run: Path) -> None:
     table = json.loads((run / "stages" / "sfr-label" / PseudoLabels.TABLE).read_text())["cases"]
     order = sorted(table, key=lambda case: table[case][pictures.CONFIDENCE])
-    paths = sorted((run / "figures" / "unlabelled").iterdir())
+    paths = sorted((run / "figures" / "unlabelled").glob("*.npz"))
     assert [path.stem for path in paths] == [f"0_{order[0]}", f"1_{order[2]}", f"2_{order[4]}"]
     labels = PseudoLabels(run / "stages" / "sfr-label")
     for path, rank in zip(paths, ("least confident", "median", "most confident"), strict=True):
@@ -54,7 +55,23 @@ def test_least_median_and_most_confident_volume_are_kept(run: Path) -> None:
         assert kept["image"].dtype == np.uint8 and "reference" not in kept
         assert kept["uncertainty"].min() >= 0 and kept["uncertainty"].max() <= 1
         about = json.loads(str(kept["about"]))
-        assert about == {"terms": ["sfr"], "confidence": {"sfr": pytest.approx(table[case][pictures.CONFIDENCE])}}
+        sure = pytest.approx(table[case][pictures.CONFIDENCE])
+        assert about == {"terms": ["sfr"], "confidence": {"sfr": sure}, "silent": []}
+    assert json.loads((run / "figures" / pictures.POOL / pictures.LEARNT).read_text()) == {}
+
+
+def test_guesses_that_are_not_learnt_are_named(run: Path, tmp_path: Path) -> None:
+    """With `surest`, in the folder and on the page."""
+    values = Config.load(run / "config.yaml").model_dump()
+    values["terms"]["sfr"] |= {"surest": 0.4, "tuned_in": str(run)}
+    train(Config.build(values), tmp_path / "run")
+    learnt = json.loads((tmp_path / "run" / "figures" / pictures.POOL / pictures.LEARNT).read_text())
+    labels = PseudoLabels(tmp_path / "run" / "stages" / "sfr-label")
+    assert learnt == {"sfr-label": sorted(labels.surest(0.4))} and len(learnt["sfr-label"]) in (1, 2)
+    for path in (tmp_path / "run" / "figures" / pictures.POOL).glob("*.npz"):
+        out = path.stem[2:] not in learnt["sfr-label"]
+        assert json.loads(str(arrays(path)["about"]))["silent"] == (["sfr"] if out else [])
+    assert (tmp_path / "run" / "report.html").read_text().count(" %, not learnt</td>") == 5 - len(learnt["sfr-label"])
 
 
 def test_the_mosaic_is_the_model_s_own_layout(run: Path) -> None:

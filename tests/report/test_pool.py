@@ -46,6 +46,17 @@ def test_pseudo_labels_stand_beside_the_student_s_masks(tmp_path: Path) -> None:
     assert rows == [("phantom_002", "60.0 %"), ("phantom_003", "70.0 %"), ("phantom_004", "80.0 %")]
 
 
+def test_guesses_that_are_not_learnt_are_marked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", method="mean-teacher+sfr+atlas")
+    add_pool(run, CASES, ("sfr", "atlas"))
+    (run / "figures" / "unlabelled" / "learnt.json").write_text(json.dumps({"sfr-label": CASES[1:]}))
+    page = Page(build_report(run))
+    rows = re.findall(r'<td class="name">phantom_00\d</td><td>([^<]+)</td><td>([^<]+)</td>', page.source)
+    assert [[*map(str.endswith, row, ("not learnt",) * 2)] for row in rows] == [[False, True], *[[False, False]] * 2]
+    (run / "figures" / "unlabelled" / "learnt.json").write_text("[1]")
+    assert "learnt.json could not be read" in Page(build_report(run)).text
+
+
 def test_the_mosaic_is_small_and_carries_the_mask(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     add_pool(run, CASES)

@@ -18,6 +18,7 @@ from scipy.special import entr
 from scarceseg.data.prepare import PreparedCase
 from scarceseg.engine.workspace import Workspace
 from scarceseg.errors import ScarceSegError
+from scarceseg.files import write_text
 from scarceseg.foundation.stitching import Stitch
 from scarceseg.inference.predictor import Predictor, Prepared
 from scarceseg.methods.base import Term
@@ -29,6 +30,9 @@ from scarceseg.types import IGNORE_LABEL, LabelMap
 POOL, MOSAIC = "unlabelled", "mosaic"
 """Folders in the run's ``figures``."""
 
+LEARNT = "learnt.json"
+"""In the folder `POOL`: of each stage some of whose guesses are not learnt, the cases whose guesses are."""
+
 CONFIDENCE = "foreground_confidence"
 """What volumes are ranked by: over all voxels, easy background would hide the rest."""
 
@@ -39,20 +43,23 @@ def keep_pool(work: Workspace, terms: Mapping[str, Term]) -> None:
     """Keep pictures of up to three unlabelled volumes, if a term has guessed labels for them.
 
     The least, the median and the most confident volume of the first such term go to ``figures/unlabelled``, each with the
-    guesses of all terms and the mask of the trained network. For each term that tuned a 2D foundation model the median one
-    goes to ``figures/mosaic`` as that model saw it. The run must hold its network already.
+    guesses of all terms and the mask of the trained network, with `LEARNT` beside them. For each term that tuned a 2D
+    foundation model the median one goes to ``figures/mosaic`` as that model saw it. The run must hold its network already.
     """
     guesses = {name: labels for name, term in terms.items() if (labels := _guesses(term, work)) is not None}
     if not guesses:
         return
     cases = {case.name: case for case in work.unlabelled}
     chosen = ranked(next(iter(guesses.values())), list(cases))
-    predictor = Predictor(work.run, device=str(work.fabric.device))
-    for number, (rank, name) in enumerate(chosen):
-        path = _made(work.run / "figures" / POOL / f"{number}_{name}.npz")
-        _keep_case(path, rank, cases[name], guesses, predictor)
     if not chosen:
         return
+    silent = {name: _silent(terms[name], work, labels) for name, labels in guesses.items()}
+    table = {guesses[name].folder.name: sorted(cases.keys() - out) for name, out in silent.items() if out}
+    write_text(_made(work.run / "figures" / POOL / LEARNT), json.dumps(table, indent=1) + "\n")
+    predictor = Predictor(work.run, device=str(work.fabric.device))
+    for number, (rank, name) in enumerate(chosen):
+        path = work.run / "figures" / POOL / f"{number}_{name}.npz"
+        _keep_case(path, rank, cases[name], guesses, [term for term, out in silent.items() if name in out], predictor)
     shown = cases[chosen[len(chosen) // 2][1]]
     for name, labels in guesses.items():
         options = terms[name].options
@@ -88,13 +95,28 @@ def _guesses(term: Term, work: Workspace) -> PseudoLabels | None:
     return labels if (labels.folder / PseudoLabels.TABLE).exists() else None
 
 
+def _silent(term: Term, work: Workspace, labels: PseudoLabels) -> set[str]:
+    """The cases whose guesses a term does not learn: those that have no label, and all but the surest where those alone count."""
+    assert isinstance(term, PseudoLabelTerm)
+    names = {case.name for case in work.unlabelled if labels.has(case.name)}
+    share = term.learnt(work)
+    if share is not None:
+        return names - labels.surest(share)
+    return {name for name in names if labels.notes(name).get("left_out")}
+
+
 def _made(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def _keep_case(
-    path: Path, rank: str, case: PreparedCase, guesses: Mapping[str, PseudoLabels], predictor: Predictor
+    path: Path,
+    rank: str,
+    case: PreparedCase,
+    guesses: Mapping[str, PseudoLabels],
+    silent: list[str],
+    predictor: Predictor,
 ) -> None:
     image = np.asarray(case.image)
     said = predictor.predict_prepared(Prepared(image, case.geometry, case.original)).prepared_probability
@@ -103,10 +125,11 @@ def _keep_case(
         f"guess_{number}": np.asarray(labels.label(case.name)) for number, labels in enumerate(known.values())
     }
     notes = {name: labels.notes(case.name) for name, labels in known.items()}
+    confidence = {name: about.get(CONFIDENCE) for name, about in notes.items()}
     np.savez_compressed(
         path,
         title=f"{case.name} ({rank})",
-        about=json.dumps({"terms": list(known), "confidence": {k: v.get(CONFIDENCE) for k, v in notes.items()}}),
+        about=json.dumps({"terms": list(known), "confidence": confidence, "silent": silent}),
         image=grey(image[0]),
         prediction=said.argmax(0).astype(np.uint8),
         uncertainty=(entr(said).sum(0) / np.log(len(said))).clip(0, 1).astype(np.float16),

@@ -23,6 +23,8 @@ MOST_MOSAICS, MOST_CASES, MOST_PICTURES = 2, 3, 8
 PICTURE_WIDTH = 800
 """Pixels of a picture of prompts at most."""
 
+NOT_LEARNT = ", not learnt"
+
 ASKED = ("asked", "agreement", "quality", "gate")
 """What a prompting term logs beside its loss, each in [0, 1]."""
 
@@ -67,7 +69,11 @@ def pool_section(record: RunRecord) -> Section | None:
             guesses = {str(term): _shown(arrays[f"guess_{k}"]) for k, term in enumerate(about["terms"])}
             if any(guess.shape != case.image.shape for guess in guesses.values()):
                 raise ValueError(f"expected guesses of the image's size {case.image.shape}")
-            note = ", ".join(f"{term}: {_percent(value)} sure" for term, value in about["confidence"].items())
+            silent = about.get("silent", [])
+            note = ", ".join(
+                f"{term}: {_percent(value)} sure{NOT_LEARNT if term in silent else ''}"
+                for term, value in about["confidence"].items()
+            )
         except (DataError, KeyError, TypeError, ValueError) as error:
             record.notes.append(_unreadable(path, error))
             continue
@@ -79,6 +85,7 @@ def pool_section(record: RunRecord) -> Section | None:
     low = min((v for rows in values.values() for v in rows.values()), default=0.0)
     groups = [Group(name, rows, index) for index, (name, rows) in enumerate(values.items())]
     cases = sorted({case for rows in values.values() for case in rows})
+    learnt = _learnt(record)
     return {
         "viewers": viewers,
         "chart": box_plot(
@@ -86,7 +93,10 @@ def pool_section(record: RunRecord) -> Section | None:
         ),
         "about": [(name, words) for name, (_, words) in tables.items() if words],
         "heads": list(values),
-        "rows": [[case, *(_percent(tables[name][0].get(case)) for name in tables)] for case in cases],
+        "rows": [
+            [case, *(_percent(rows.get(case)) + _word(case, learnt.get(name)) for name, (rows, _) in tables.items())]
+            for case in cases
+        ],
     }
 
 
@@ -112,6 +122,22 @@ def _tables(record: RunRecord) -> dict[str, tuple[dict[str, float], str]]:
         if students:
             found[f"{path.parent.name}, student"] = (students, "")
     return found
+
+
+def _learnt(record: RunRecord) -> dict[str, set[str]]:
+    """By stage: the cases whose guesses are learnt, where not all are."""
+    path = record.folder / "figures" / "unlabelled" / "learnt.json"
+    if not path.exists():
+        return {}
+    try:
+        return {str(stage): set(cases) for stage, cases in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        record.notes.append(_unreadable(path, error))
+        return {}
+
+
+def _word(case: str, learnt: set[str] | None) -> str:
+    return NOT_LEARNT if learnt is not None and case not in learnt else ""
 
 
 def prompt_section(record: RunRecord) -> Section | None:
