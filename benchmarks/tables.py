@@ -254,22 +254,61 @@ def foundation_step() -> str:
 
 
 def step_speed() -> str:
-    """Time of a full-resolution step by arithmetic, and its ratio to float32 in the default layout."""
-    lines = []
-    for row in load("step_speed"):
-        now = code_hash(step_code(row["method"]))
-        for key, seconds in row["seconds"].items():
-            lines.append(
-                {
-                    "method": row["method"],
-                    "patch": "x".join(map(str, row["patch"])),
-                    "arithmetic": key.replace("/", ", "),
-                    "s/step": f"{seconds:.2f}" + ("" if row["code"] == now else f" {STALE}"),
-                    "times faster": f"{row['ratio'][key]:.2f}",
-                    "processor": f"{row['processor']}, {row['threads']} threads",
-                }
-            )
+    """Seconds of a step in each arithmetic, and how much faster the fastest is than float32 in the default layout."""
+    rows = load("step_speed")
+    columns = list(dict.fromkeys(key for row in rows for key in row["seconds"]))
+    lines: list[dict[str, object]] = []
+    for row in rows:
+        mark = "" if row["code"] == code_hash(step_code(row["method"])) else f" {STALE}"
+        best = max(row["ratio"].values())
+        line: dict[str, object] = {"method": row["method"], "patch": "x".join(map(str, row["patch"])) + mark}
+        times = {key: f"{seconds:.2f}" for key, seconds in row["seconds"].items()}
+        line |= {f"{key.replace('/', ', ')} [s]": times.get(key, "-") for key in columns}
+        line |= {"times faster": f"{best:.1f}", "processor": f"{row['processor']}, {row['threads']} threads"}
+        lines.append(line)
     return markdown_table(lines) if lines else "Not measured yet."
+
+
+def speed_summary() -> str:
+    """A few ratios: a training step, prediction, metrics, and a foundation model in the loop or beside it."""
+    lines: list[dict[str, object]] = []
+
+    def add(what: str, plain: tuple[str, float], ours: tuple[str, float], current: bool) -> None:
+        mark = "" if current else f" {STALE}"
+        times = f"{plain[1] / ours[1]:.1f}"
+        lines.append({"what": what, "plain way": plain[0], "ours": ours[0] + mark, "times faster": times})
+
+    for row in load("step_speed"):
+        if row["method"] in ("mean-teacher", "ua-mt") and "bf16" in row["processor"]:
+            plain, key = row["seconds"]["fp32/contiguous"], min(row["seconds"], key=row["seconds"].get)
+            best, patch = row["seconds"][key], "x".join(map(str, row["patch"]))
+            ours = f"{best:.2f} s ({key.replace('/', ', ')})"
+            current = row["code"] == code_hash(step_code(row["method"]))
+            add(f"a step of {row['method']}, patch {patch}", (f"{plain:.2f} s", plain), (ours, best), current)
+    steps = {row["case"]: row for row in load("foundation_step")}
+    if {"sfr", "sfr-crop-sam-vit-b"} <= steps.keys():
+        plain, best = (steps[case]["seconds"] for case in ("sfr-crop-sam-vit-b", "sfr"))
+        what = "a step of mean-teacher+sfr: labels by SAM ViT-B in every step, or once before"
+        add(
+            what, (f"{plain:.1f} s", plain), (f"{best:.2f} s", best), steps["sfr"]["code"] == code_hash(FOUNDATION_STEP)
+        )
+    for row in load("inference_speed"):
+        size, current = "x".join(map(str, row["size"])), row["code"] == code_hash(INFERENCE)
+        plain = (f"{row['legacy_seconds']:.0f} s", row["legacy_seconds"])
+        add(
+            f"predicting {size}: windows in steps of 18x18x4, or half a window",
+            plain,
+            (f"{row['seconds']:.1f} s", row["seconds"]),
+            current,
+        )
+        add(
+            "the same in one piece (`--whole`)", plain, (f"{row['whole_seconds']:.1f} s", row["whole_seconds"]), current
+        )
+    metrics = json.loads((RESULTS / "metrics_speed.json").read_text(encoding="utf-8"))
+    close = next(row for row in metrics["rows"] if row["masks"] == "close prediction")
+    add("metrics of a case", (f"{close['plain_ms']:.0f} ms", close["plain_ms"]), (f"{close['ms']:.0f} ms", close["ms"]),
+        metrics["code"] == code_hash(("evaluation/metrics.py",)))  # fmt: skip
+    return markdown_table(lines)
 
 
 def step_profile() -> str:
@@ -467,6 +506,7 @@ TABLES = {
     "confidence": confidence,
     "step-speed": step_speed,
     "step-profile": step_profile,
+    "speed-summary": speed_summary,
     "speed": speed,
     "foundation-clicks": foundation_clicks,
     "foundation-cost": foundation_cost,

@@ -88,6 +88,13 @@ def test_the_term_changes_what_is_learnt(data: Path, tmp_path: Path) -> None:
     assert not same(tmp_path / "with", tmp_path / "without")
 
 
+def test_with_many_labels_a_run_is_that_of_its_base_and_says_so(data: Path, tmp_path: Path) -> None:
+    train(tiny_config(data, log_every=1), tmp_path / "base")
+    result = train(config_of(data, semisam={"enough": 1}), tmp_path / "run")  # of two labelled volumes
+    assert same(tmp_path / "base", tmp_path / "run")
+    assert any("with 2 labelled volumes nothing is asked (terms.semisam.enough: 1)" in line for line in result.warnings)
+
+
 def test_log_and_pictures(data: Path, tmp_path: Path) -> None:
     train(config_of(data, iterations=6), tmp_path / "run")
     entries = [e for e in lines(tmp_path / "run") if e["stage"] == "train"]

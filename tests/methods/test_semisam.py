@@ -268,17 +268,35 @@ def test_masks_are_proven_on_labelled_rows() -> None:
 
 
 def test_the_more_labels_the_less_a_mask_counts() -> None:
-    logits = logits_of({1: 4.0})
-    target = ball((5, 5, 4), 3).float()
-    few, many, all_alike, paper = (
-        term_of(Stub(target)), term_of(Stub(target)), term_of(Stub(target), enough=None), term_of(Stub(target), **PAPER)
-    )  # fmt: skip
-    for term, labelled in ((few, 4), (many, 8), (all_alike, 8), (paper, 8)):
+    logits, target = logits_of({1: 4.0}), ball((5, 5, 4), 3).float()
+
+    def slope(labelled: int, **options: Any) -> torch.Tensor:
+        term = term_of(Stub(target), **options)
         term.consult([Stub(target)], (1.0, 1.0, 1.0), labelled)
-    torch.testing.assert_close(gradient(many, step_of(logits)), gradient(few, step_of(logits)) / 4)
-    assert torch.equal(gradient(all_alike, step_of(logits)), gradient(few, step_of(logits)))
-    alone = term_of(Stub(target), **PAPER)
-    assert torch.equal(gradient(paper, step_of(logits)), gradient(alone, step_of(logits)))
+        return gradient(term, step_of(logits))
+
+    full = slope(1)
+    assert full.any() and torch.equal(slope(4), full) and torch.equal(slope(8, enough=None), full)
+    torch.testing.assert_close(slope(6), full / 2)
+    assert torch.equal(slope(8, **PAPER), slope(1, **PAPER))
+
+
+def test_from_twice_as_many_labels_on_nothing_is_asked() -> None:
+    class Deaf(Stub):
+        def segment(self, *_: Any) -> Any:
+            raise AssertionError("asked")
+
+    term = term_of(Deaf(ball((5, 5, 4), 3).float()))
+    for labelled in (8, 16):
+        term.consult([Deaf(ball((5, 5, 4), 3).float())], (1.0, 1.0, 1.0), labelled)
+        step = step_of(logits_of({1: 4.0}))
+        state = step.generator.get_state()
+        assert not gradient(term, step).any() and torch.equal(step.generator.get_state(), state)
+        assert not term.numbers() and term.picture() is None
+        assert f"with {labelled} labelled volumes nothing is asked" in str(term.conclude([]))
+    term.consult([Deaf(ball((5, 5, 4), 3).float())], (1.0, 1.0, 1.0), 7)
+    with pytest.raises(AssertionError, match="asked"):
+        gradient(term, step_of(logits_of({1: 4.0})))
 
 
 @pytest.mark.parametrize("view", ["slices", "mosaic", "volume", "sam-med3d"])

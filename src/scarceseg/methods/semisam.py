@@ -47,8 +47,9 @@ class SemiSamOptions(TermOptions):
         proof: with several classes, the same for the soft Dice of the model's masks of a class on labelled rows, where it is
             asked too, each tenth time: masks that are too large take the place of classes that the student does not find yet.
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
-        enough: labelled volumes up to which masks count in full; with more, N, their weight is ``(enough / N)^2``: the student
-            then knows more than the model, which none of the other measures shows. None: never less.
+        enough: labelled volumes up to which masks count in full; with N of more their weight is ``2 - N / enough``, and from
+            twice as many on nothing is asked: the student then knows more than the model, which none of the other measures
+            shows. None: masks count in full with any number.
         every: iterations from one question to the next; between them the term is silent.
         remember: embeddings kept for patches that come again, as they do when volumes are no larger than a patch. A run that
             was resumed has none of them and may differ from an unbroken one by rounding.
@@ -186,7 +187,8 @@ class SemiSam(Term):
             labelled: volumes that the student learns from.
         """
         enough = self.options.enough if self.options.gate else None
-        self._need = 1.0 if enough is None else min(1.0, enough / labelled) ** 2
+        self._labelled = labelled
+        self._need = 1.0 if enough is None else min(max(2 - labelled / enough, 0.0), 1.0)
         self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
         self._spacing_mm = spacing_mm
         self._memories = tuple(EmbeddingMemory(self.options.remember) for _ in models)
@@ -203,10 +205,10 @@ class SemiSam(Term):
         self._shown: dict[str, Any] = {}
 
     def loss(self, step: Step) -> torch.Tensor:
-        """Scalar in [0, 1]; 0 with a gradient of 0 when the student finds nothing."""
+        """Scalar in [0, 1]; 0 with a gradient of 0 when the student finds nothing, or nothing is asked."""
         if step.unlabelled is None or step.logits_u is None:
             raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
-        if step.iteration % self.options.every:
+        if step.iteration % self.options.every or not self._need:
             self._numbers = {}
             return step.logits_u.sum() * 0
         foreground = step.logits_u.float().softmax(1)[:, 1:]
@@ -339,6 +341,11 @@ class SemiSam(Term):
 
     def conclude(self, log: Sequence[Mapping[str, Any]]) -> str | None:
         """Whether nothing was asked, or next to nothing was left of the answers: such a run is its base method's."""
+        if not self._need and self.options.weight:
+            return (
+                f"with {self._labelled} labelled volumes nothing is asked (terms.{self.name}.enough: {self.options.enough}), so "
+                f"this run is one without {self.name}: its masks help where labels are fewer; enough: null asks all the same"
+            )
         lines = [line for line in log if f"gate/{self.name}" in line]
         if not lines or not self.options.weight:
             return None
