@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import PIPELINE, RESULTS, provenance, save
+from common import PIPELINE, RESULTS, processor, provenance, save
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.foundation.base import Tuning
 from scarceseg.foundation.load import load_foundation
@@ -46,7 +46,8 @@ def loader(patch: tuple[int, int, int]) -> dict[str, Any]:
             pass
         seconds = (time.perf_counter() - start) / 40
     found: dict[str, Any] = {"loader_seconds": seconds, "patch": patch}
-    step = RESULTS / "step_speed" / f"mean-teacher_{'x'.join(map(str, patch))}_cpu.json"
+    kind = "_bf16" if "bf16" in processor() else ""
+    step = RESULTS / "step_speed" / f"mean-teacher_{'x'.join(map(str, patch))}_cpu{kind}.json"
     if step.exists():
         fastest = min(json.loads(step.read_text(encoding="utf-8"))["seconds"].values())
         found |= {"step_seconds": fastest, "loader_share": seconds / fastest}
