@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,13 +24,13 @@ import numpy as np
 import torch
 
 from common import PIPELINE, RESULTS, processor, provenance, save
-from scarceseg.data.sampling import PatchSampler, Source
+from scarceseg.data.sampling import MOST_WORKERS, PatchSampler, Source
 from scarceseg.foundation.base import Tuning
 from scarceseg.foundation.load import load_foundation
 
 
 def loader(patch: tuple[int, int, int]) -> dict[str, Any]:
-    """Seconds a batch, and the share of a training step that is."""
+    """Seconds a batch, with one thread and with as many as there are cores, and the share of a training step the first is."""
     with tempfile.TemporaryDirectory() as folder:
         sources = []
         for number in range(16):
@@ -41,11 +42,14 @@ def loader(patch: tuple[int, int, int]) -> dict[str, Any]:
         sampler = PatchSampler(sources, free, patch, 2, 2, 0)
         for _ in sampler.batches(0, 8):
             pass
-        start = time.perf_counter()
-        for _ in sampler.batches(8, 48):
-            pass
-        seconds = (time.perf_counter() - start) / 40
-    found: dict[str, Any] = {"loader_seconds": seconds, "patch": patch}
+        by_threads = {}
+        for threads in {1, min(os.cpu_count() or 1, MOST_WORKERS)}:
+            start = time.perf_counter()
+            for _ in sampler.batches(8, 48, workers=threads):
+                pass
+            by_threads[threads] = (time.perf_counter() - start) / 40
+    seconds = by_threads[1]
+    found: dict[str, Any] = {"loader_seconds": seconds, "seconds_by_threads": by_threads, "patch": patch}
     kind = "_bf16" if "bf16" in processor() else ""
     step = RESULTS / "step_speed" / f"mean-teacher_{'x'.join(map(str, patch))}_cpu{kind}.json"
     if step.exists():

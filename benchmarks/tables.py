@@ -356,6 +356,10 @@ def speed() -> str:
         add("a batch of patches, beside the step it feeds", f"{row['step_seconds']:.2f} s",
             f"{1000 * row['loader_seconds']:.0f} ms", f"{1 / row['loader_share']:.0f}",
             row["code"] == code_hash(PIPELINE["loader"]))  # fmt: skip
+        if len(several := row.get("seconds_by_threads", {})) > 1:
+            (_, plain), (threads, ours) = several.items()
+            add(f"the same by {threads} threads that have nothing else to do", f"{1000 * plain:.0f} ms", f"{1000 * ours:.0f} ms",
+                f"{plain / ours:.1f}", row["code"] == code_hash(PIPELINE["loader"]))  # fmt: skip
     if row := parts.get("labels", {}):
         for model, count in row["labels_per_minute"].items():
             add(f"volumes of 104x104x44 labelled by `{model}`", "", f"{count:.0f} a minute", "",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from scarceseg.data import sampling as sampling_module
 from scarceseg.data.augment import _near_identity, deform
 from scarceseg.data.crop import crop_padded, padded_size
-from scarceseg.data.sampling import PatchSampler, Source, numpys_blas, turn
+from scarceseg.data.sampling import PatchSampler, Source, made_ahead, numpys_blas, turn, workers_here
 
 
 def source(name: str, size: tuple[int, int, int], seed: int, labelled: bool = True) -> Source:
@@ -67,6 +69,40 @@ def test_any_iteration_can_be_made_again() -> None:
     resumed = list(sampler().batches(5, 9))
     assert torch.equal(resumed[0][0].label, streamed[5][0].label)
     assert not torch.equal(sampler(seed=8).batch(0)[0].image, streamed[0][0].image)
+
+
+def test_several_threads_make_the_same_batches_in_the_same_order() -> None:
+    made = list(sampler(foreground=0.5).batches(0, 9, workers=4))
+    for (labelled, unlabelled), t in zip(made, range(9), strict=True):
+        again = sampler(foreground=0.5).batch(t)
+        assert torch.equal(again[0].image, labelled.image) and torch.equal(again[0].label, labelled.label)
+        assert again[1] is not None and unlabelled is not None and torch.equal(again[1].image, unlabelled.image)
+
+
+def test_threads_work_at_the_same_time_and_not_far_ahead() -> None:
+    together, begun = threading.Barrier(3), []
+
+    def make(iteration: int) -> Any:
+        begun.append(iteration)
+        if iteration < 3:
+            together.wait(10)  # breaks where one thread makes one after the other
+        return iteration
+
+    with closing(made_ahead(make, 0, 100, workers=3)) as stream:
+        assert [next(stream), next(stream)] == [0, 1]
+    assert max(begun) < 10
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cores", "processes", "count"), [(0, 16, 1, 1), (1, 16, 1, 4), (1, 16, 8, 1), (1, 1, 1, 1)]
+)
+def test_one_thread_beside_a_training_on_the_processor(
+    monkeypatch: pytest.MonkeyPatch, gpu: int, cores: int, processes: int, count: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert workers_here() == count
 
 
 def test_blas_has_one_thread_while_batches_are_made() -> None:

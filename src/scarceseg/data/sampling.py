@@ -1,11 +1,12 @@
 """Prepared volumes -> two-stream batches of patches: labelled rows and unlabelled rows, cropped, and bent or turned.
 
-Every row is a pure function of (seed, stream, row number). Batches can therefore be made ahead in a thread, on any
+Every row is a pure function of (seed, stream, row number). Batches can therefore be made ahead in threads, on any
 number of processes, and from any iteration on, and are always the same.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,17 +58,37 @@ def numpys_blas() -> ThreadpoolController:
     return every.select(filepath=[path for one in every.info() if re.search("numpy|scipy", path := one["filepath"])])
 
 
-def made_ahead(make: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
-    """``make(start) .. make(stop - 1)``, made `ahead` of their use in one background thread.
+MOST_WORKERS = 4
+
+
+def workers_here() -> int:
+    """Threads that make batches: one where the training itself computes on the processor, up to four that feed a GPU."""
+    if not torch.cuda.is_available():
+        return 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max((os.cpu_count() or 1) // processes - 1, 1), MOST_WORKERS)
+
+
+def made_ahead(
+    make: Callable[[int], Batch], start: int, stop: int, ahead: int = 2, workers: int | None = None
+) -> Iterator[Batch]:
+    """``make(start) .. make(stop - 1)`` in this order, made ahead of their use in background threads.
 
     Until the last one NumPy's OpenBLAS has one thread: its others keep a core busy for a while after every product, which
     with these small products is most of the time, and the training waits for that core.
+
+    Args:
+        make: the batch of an iteration, a pure function of it; called in several threads at once.
+        start, stop: iterations.
+        ahead: batches that wait to be used, at least one a thread.
+        workers: threads; None: `workers_here`.
     """
-    with numpys_blas().limit(limits=1), ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
+    count = workers_here() if workers is None else workers
+    with numpys_blas().limit(limits=1), ThreadPoolExecutor(count, thread_name_prefix="patches") as pool:
         waiting: list[Future[Batch]] = []
         try:
             for iteration in range(start, stop):
-                while len(waiting) <= ahead and iteration + len(waiting) < stop:
+                while len(waiting) <= max(ahead, count) and iteration + len(waiting) < stop:
                     waiting.append(pool.submit(make, iteration + len(waiting)))
                 yield waiting.pop(0).result()
         finally:
@@ -139,9 +160,9 @@ class PatchSampler:
         image, _, fields, names = self._stack("unlabelled", iteration)
         return Unlabelled(image, names, fields)
 
-    def batches(self, start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
-        """Batches of the iterations ``start .. stop - 1``, made `ahead` of their use in one background thread."""
-        return made_ahead(self.batch, start, stop, ahead)
+    def batches(self, start: int, stop: int, ahead: int = 2, workers: int | None = None) -> Iterator[Batch]:
+        """Batches of the iterations ``start .. stop - 1``, made ahead of their use, see `made_ahead`."""
+        return made_ahead(self.batch, start, stop, ahead, workers)
 
     def _stack(
         self, stream: str, iteration: int
