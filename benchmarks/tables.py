@@ -467,14 +467,14 @@ def semisam_prompts() -> str:
     """Masks of a promptable model against those of the student that prompted it."""
     now = code_hash(SEMISAM_PROMPTS)
     lines = []
-    for row in load("semisam_prompts"):
+    for row in sorted(load("semisam_prompts"), key=lambda row: int(row["run"].rsplit("_", 2)[1])):
         mark = "" if row["code"] == now else f" {STALE}"
         kinds = row["kinds"]
         for kind in dict.fromkeys(key.rpartition(", ")[0] for key in kinds):
             plain, gated = kinds[f"{kind}, all"], kinds[f"{kind}, gate"]
             lines.append(
                 {
-                    "student": row["run"].replace("_seed0", "").replace("_", ", ") + " labels",
+                    "student": _student(row["run"]),
                     "prompt": kind,
                     "student Dice": f"{100 * plain['student_dice']:.1f}{mark}",
                     "mask Dice": f"{100 * plain['dice']:.1f}",
@@ -483,6 +483,12 @@ def semisam_prompts() -> str:
                 }
             )
     return markdown_table(lines) if lines else "Not measured yet."
+
+
+def _student(run: str) -> str:
+    """A run's folder in words."""
+    method, labels, _ = run.rsplit("_", 2)
+    return f"{method}, {labels} label{'' if labels == '1' else 's'}"
 
 
 def _clicks(number: str) -> str:
