@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ PIPELINE = {
 }
 
 
+@cache
 def training_code(method: str) -> tuple[str, ...]:
     """Files a run of a method depends on: the common ones, its terms, and what these import; weights in the package too."""
     from scarceseg.methods import METHODS, parse_method
@@ -69,6 +71,7 @@ def training_code(method: str) -> tuple[str, ...]:
     return tuple(sorted(found - INTERFACES))
 
 
+@cache
 def step_code(method: str) -> tuple[str, ...]:
     """Files that the time of a training step depends on: those of a run but for what stands beside the step."""
     beside = (
@@ -82,6 +85,7 @@ def step_code(method: str) -> tuple[str, ...]:
     return tuple(part for part in training_code(method) if part not in beside)
 
 
+@cache
 def direct_code(teacher: str) -> tuple[str, ...]:
     """Files the labels of a teacher without a network depend on."""
     return ("data/prepare.py", "evaluation/metrics.py", *(("atlas",) if teacher == "atlas" else ("atlas/warp.py",)))
@@ -101,6 +105,7 @@ def _imports(path: Path) -> list[str]:
     return found
 
 
+@cache
 def code_hash(parts: tuple[str, ...] = TRAINING) -> str:
     """Hash of the named files and folders: code by its syntax tree (comments and docstrings do not count), weights by bytes."""
     digest = hashlib.sha256()
