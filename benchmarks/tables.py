@@ -288,7 +288,7 @@ def speed_summary() -> str:
     steps = {row["case"]: row for row in load("foundation_step")}
     if {"sfr", "sfr-crop-sam-vit-b"} <= steps.keys():
         plain, best = (steps[case]["seconds"] for case in ("sfr-crop-sam-vit-b", "sfr"))
-        what = "a step of mean-teacher+sfr: labels by SAM ViT-B in every step, or once before"
+        what = "a step of mean-teacher+sfr in float32: labels by SAM ViT-B in every step, or once before"
         add(
             what, (f"{plain:.1f} s", plain), (f"{best:.2f} s", best), steps["sfr"]["code"] == code_hash(FOUNDATION_STEP)
         )
