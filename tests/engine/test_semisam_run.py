@@ -88,11 +88,23 @@ def test_the_term_changes_what_is_learnt(data: Path, tmp_path: Path) -> None:
     assert not same(tmp_path / "with", tmp_path / "without")
 
 
-def test_with_many_labels_a_run_is_that_of_its_base_and_says_so(data: Path, tmp_path: Path) -> None:
+def test_with_many_labels_a_run_is_that_of_its_base_and_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the training, and without building a model."""
+
+    def built(*_: Any) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(SemiSam, "_promptable", built)
     train(tiny_config(data, log_every=1), tmp_path / "base")
+    capsys.readouterr()
     result = train(config_of(data, semisam={"enough": 1}), tmp_path / "run")  # of two labelled volumes
     assert same(tmp_path / "base", tmp_path / "run")
-    assert any("with 2 labelled volumes nothing is asked (terms.semisam.enough: 1)" in line for line in result.warnings)
+    (said,) = (line for line in result.warnings if "semisam" in line)
+    assert said.startswith("with 2 labelled volumes semisam asks nothing (terms.semisam.enough: 1)")
+    shown = capsys.readouterr().err
+    assert said in shown and shown.index(said) < shown.index("train ")
 
 
 def test_log_and_pictures(data: Path, tmp_path: Path) -> None:

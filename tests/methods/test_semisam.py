@@ -293,7 +293,7 @@ def test_from_twice_as_many_labels_on_nothing_is_asked() -> None:
         state = step.generator.get_state()
         assert not gradient(term, step).any() and torch.equal(step.generator.get_state(), state)
         assert not term.numbers() and term.picture() is None
-        assert f"with {labelled} labelled volumes nothing is asked" in str(term.conclude([]))
+        assert term.conclude([{"iteration": 0}]) is None  # it was said before the training
     term.consult([Deaf(ball((5, 5, 4), 3).float())], (1.0, 1.0, 1.0), 7)
     with pytest.raises(AssertionError, match="asked"):
         gradient(term, step_of(logits_of({1: 4.0})))

@@ -90,8 +90,10 @@ def train(config: Config, out: Path | str, *, resume: bool = False, cache: Path 
                 terms = _terms(config, method_terms, split, plan, warnings)
                 say_warnings(warnings)
                 cases = _prepared(split, plan, cache, stop)
+            said = len(warnings)
             student, work = _workspace(config, folder, split, plan, cases, terms, stop, cache, warnings)
             first_alone(lambda: _check(terms, student, work))
+            say_warnings(warnings[said:])
         finish_run = _train_stage(student, work, split, terms)
 
         def result() -> RunResult:

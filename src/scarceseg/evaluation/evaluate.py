@@ -50,9 +50,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Compare label files, found by case name: the file name without its ending, so that formats may differ.
 
-    Every prediction needs a reference; a reference without prediction is left out with a
-    warning, and named in the JSON. Probability and
-    uncertainty files that `predict` wrote beside the masks are passed over. Label values are
+    Every prediction needs a reference; a reference without prediction is left out with a warning, and named in the JSON.
+    Probability and uncertainty files that `predict` wrote beside the masks are passed over. Label values are
     named by the ``dataset.json`` beside the folder of references (or in it) when there is one, otherwise by themselves.
     A class that is in neither file of a case counts as two empty masks (Dice 1, distances 0); `EvaluationResult.absent` has how
     many there are.

@@ -136,9 +136,20 @@ class SemiSam(Term):
         self.proven = ProvenMasks(classes - 1) if classes > 2 and self.options.gate else None
 
     def check(self, student: nn.Module, work: Workspace) -> None:
-        """Refuse what a model would refuse at the first question."""
+        """Refuse what a model would refuse at the first question, and say when none will be put."""
+        if not self._share(count := len(work.labelled)):
+            work.warnings.append(
+                f"with {count} labelled volumes {self.name} asks nothing (terms.{self.name}.enough: {self.options.enough}), so "
+                "this run is that of the other terms: its masks help where labels are fewer; enough: null asks all the same"
+            )
+            return
         for name in self.options.foundation or (work.foundation_of(self),):
             self._check(self._promptable(work, name), name, len(work.plan.channels))
+
+    def _share(self, labelled: int) -> float:
+        """Of the masks' weight, that so many labelled volumes leave."""
+        enough = self.options.enough if self.options.gate else None
+        return 1.0 if enough is None else min(max(2 - labelled / enough, 0.0), 1.0)
 
     def _promptable(self, work: Workspace, name: str) -> Promptable:
         model = work.model(name)
@@ -150,7 +161,10 @@ class SemiSam(Term):
         return model
 
     def initialise(self, student: nn.Module, work: Workspace) -> None:
-        """Take the models, each built once a run, and the size of the voxels."""
+        """Take the models, each built once a run, and the size of the voxels; no models where nothing is asked."""
+        if not self._share(len(work.labelled)):
+            self.consult((), work.plan.spacing_mm, len(work.labelled))
+            return
         models = []
         for name in self.options.foundation or (work.foundation_of(self),):
             model = self._promptable(work, name)
@@ -186,9 +200,7 @@ class SemiSam(Term):
             spacing_mm: of the patches' voxels.
             labelled: volumes that the student learns from.
         """
-        enough = self.options.enough if self.options.gate else None
-        self._labelled = labelled
-        self._need = 1.0 if enough is None else min(max(2 - labelled / enough, 0.0), 1.0)
+        self._need = self._share(labelled)
         self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
         self._spacing_mm = spacing_mm
         self._memories = tuple(EmbeddingMemory(self.options.remember) for _ in models)
@@ -341,11 +353,6 @@ class SemiSam(Term):
 
     def conclude(self, log: Sequence[Mapping[str, Any]]) -> str | None:
         """Whether nothing was asked, or next to nothing was left of the answers: such a run is its base method's."""
-        if not self._need and self.options.weight:
-            return (
-                f"with {self._labelled} labelled volumes nothing is asked (terms.{self.name}.enough: {self.options.enough}), so "
-                f"this run is one without {self.name}: its masks help where labels are fewer; enough: null asks all the same"
-            )
         lines = [line for line in log if f"gate/{self.name}" in line]
         if not lines or not self.options.weight:
             return None
