@@ -275,9 +275,11 @@ def test_the_more_labels_the_less_a_mask_counts() -> None:
         term.consult([Stub(target)], (1.0, 1.0, 1.0), labelled)
         return gradient(term, step_of(logits))
 
-    full = slope(1)
-    assert full.any() and torch.equal(slope(4), full) and torch.equal(slope(8, enough=None), full)
-    torch.testing.assert_close(slope(6), full / 2)
+    full = slope(4)
+    assert full.any() and torch.equal(slope(1, enough=None), full) and torch.equal(slope(8, enough=None), full)
+    for labelled, factor in {1: 3.0, 2: 2.0, 3: 1.415037, 6: 0.415037, 7: 0.192645}.items():  # log2(8 / N)
+        torch.testing.assert_close(slope(labelled), factor * full)
+    torch.testing.assert_close(slope(1, enough=1), full)
     assert torch.equal(slope(8, **PAPER), slope(1, **PAPER))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -47,9 +48,9 @@ class SemiSamOptions(TermOptions):
         proof: with several classes, the same for the soft Dice of the model's masks of a class on labelled rows, where it is
             asked too, each tenth time: masks that are too large take the place of classes that the student does not find yet.
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
-        enough: labelled volumes up to which masks count in full; with N of more their weight is ``2 - N / enough``, and from
-            twice as many on nothing is asked: the student then knows more than the model, which none of the other measures
-            shows. None: masks count in full with any number.
+        enough: labelled volumes with which the term has its `weight`; with N of them it has that times
+            ``max(0, log2(2 enough / N))``, as much again for every halving, and from twice as many on nothing is asked: the
+            student then knows more than the model, which none of the other measures shows. None: `weight` with any number.
         every: iterations from one question to the next; between them the term is silent.
         remember: embeddings kept for patches that come again, as they do when volumes are no larger than a patch. A run that
             was resumed has none of them and may differ from an unbroken one by rounding.
@@ -137,7 +138,7 @@ class SemiSam(Term):
 
     def check(self, student: nn.Module, work: Workspace) -> None:
         """Refuse what a model would refuse at the first question, and say when none will be put."""
-        if not self._share(count := len(work.labelled)):
+        if not self._need_of(count := len(work.labelled)):
             work.warnings.append(
                 f"with {count} labelled volumes {self.name} asks nothing (terms.{self.name}.enough: {self.options.enough}), so "
                 "this run is that of the other terms: its masks help where labels are fewer; enough: null asks all the same"
@@ -146,10 +147,10 @@ class SemiSam(Term):
         for name in self.options.foundation or (work.foundation_of(self),):
             self._check(self._promptable(work, name), name, len(work.plan.channels))
 
-    def _share(self, labelled: int) -> float:
-        """Of the masks' weight, that so many labelled volumes leave."""
+    def _need_of(self, labelled: int | None) -> float:
+        """Of the models, with so many labelled volumes: a factor of the loss."""
         enough = self.options.enough if self.options.gate else None
-        return 1.0 if enough is None else min(max(2 - labelled / enough, 0.0), 1.0)
+        return 1.0 if enough is None or labelled is None else max(math.log2(2 * enough / labelled), 0.0)
 
     def _promptable(self, work: Workspace, name: str) -> Promptable:
         model = work.model(name)
@@ -162,7 +163,7 @@ class SemiSam(Term):
 
     def initialise(self, student: nn.Module, work: Workspace) -> None:
         """Take the models, each built once a run, and the size of the voxels; no models where nothing is asked."""
-        if not self._share(len(work.labelled)):
+        if not self._need_of(len(work.labelled)):
             self.consult((), work.plan.spacing_mm, len(work.labelled))
             return
         models = []
@@ -192,15 +193,15 @@ class SemiSam(Term):
                 f"choose the one it is shown, 0 to {channels - 1}"
             )
 
-    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing, labelled: int = 1) -> None:
+    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing, labelled: int | None = None) -> None:
         """Say whom to ask; `initialise` does so in a run.
 
         Args:
             models: frozen.
             spacing_mm: of the patches' voxels.
-            labelled: volumes that the student learns from.
+            labelled: volumes that the student learns from; None for a factor of 1.
         """
-        self._need = self._share(labelled)
+        self._need = self._need_of(labelled)
         self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
         self._spacing_mm = spacing_mm
         self._memories = tuple(EmbeddingMemory(self.options.remember) for _ in models)
@@ -217,7 +218,9 @@ class SemiSam(Term):
         self._shown: dict[str, Any] = {}
 
     def loss(self, step: Step) -> torch.Tensor:
-        """Scalar in [0, 1]; 0 with a gradient of 0 when the student finds nothing, or nothing is asked."""
+        """Scalar of at least 0, with `gate: false` or `enough` labelled volumes at most 1; 0 with a gradient of 0 when the
+        student finds nothing, or nothing is asked.
+        """
         if step.unlabelled is None or step.logits_u is None:
             raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
         if step.iteration % self.options.every or not self._need:
@@ -230,7 +233,7 @@ class SemiSam(Term):
             self.proven.see(proof.masks, proof.asked, step.labelled.label)
         opinion = self.opinion(step.unlabelled.image, foreground.detach(), step.generator)
         self._note(step, foreground.detach(), opinion)
-        return (opinion.weight * (foreground - opinion.probability).square()).mean()
+        return self._need * (opinion.weight * (foreground - opinion.probability).square()).mean()
 
     @torch.no_grad()
     def opinion(self, image: ImageBatch, foreground: torch.Tensor, generator: torch.Generator) -> Opinion:
@@ -242,11 +245,10 @@ class SemiSam(Term):
             generator: of the clicks.
         """
         if self.proven is None:
-            opinion = self._ask(image, foreground, generator)
-            return replace(opinion, weight=opinion.weight * self._need)
+            return self._ask(image, foreground, generator)
         trust = rise(self.proven.dice(), *self.options.proof)[:, None, None, None]
         opinion = self._ask(image, foreground * (trust > 0), generator)  # the others would be asked for nothing
-        return replace(opinion, weight=opinion.weight * (self._need * trust))
+        return replace(opinion, weight=opinion.weight * trust)
 
     @torch.no_grad()
     def _ask(self, image: ImageBatch, foreground: torch.Tensor, generator: torch.Generator) -> Opinion:
@@ -378,9 +380,9 @@ class SemiSam(Term):
         return (
             f"the gate left the models' masks {100 * gate:.1f} % of their weight, so this run is nearly one without {self.name}. "
             f"Agreement with the student was {mean('agreement', asked):.2f} in the mean (it counts from "
-            f"{self.options.agreement[0]:g} on), the models' own quality {mean('quality', asked):.2f}, "
-            f"{mean('asked', lines):.2f} of the classes were asked for, and {100 * self._need:.0f} % is the most that so many "
-            f"labelled volumes leave: try another foundation model, or terms.{self.name}.gate: false, the paper's method"
+            f"{self.options.agreement[0]:g} on), the models' own quality {mean('quality', asked):.2f}, and "
+            f"{mean('asked', lines):.2f} of the classes were asked for: "
+            f"try another foundation model, or terms.{self.name}.gate: false, the paper's method"
         )
 
     def picture(self) -> NDArray[Any] | None:
