@@ -23,16 +23,28 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEACHERS = ("la_teachers", "phantoms_teachers")
-LEARNT = ("surest", "share", "measure", "sure", "rounds", "targets", "trust", "largest_component", "learn_from", "gate")
+LEARNT = (
+    "surest",
+    "share",
+    "measure",
+    "sure",
+    "rounds",
+    "targets",
+    "trust",
+    "largest_component",
+    "learn_from",
+    "gate",
+    "enough",
+)
 """Options that decide what of the teachers' answers is learnt; the others have their defaults here."""
-Kind = tuple[bool, str, str, bool, str]
-"""Several classes and channels, method, augmentation, a single labelled volume, options of the terms as JSON."""
+Kind = tuple[bool, str, str, int, str]
+"""Several classes and channels, method, augmentation, labelled volumes, options of the terms as JSON."""
 
 
 def kind_of(path: Path, row: Any) -> Kind | None:
     """What kind of run a row is of, for teachers alone a student's that learns from their labels; None for other rows."""
     if path.parent.name in TEACHERS:
-        return path.parent.name.startswith("phantoms"), row["method"], "deform", row["labels"] == 1, "{}"
+        return path.parent.name.startswith("phantoms"), row["method"], "deform", labelled_of(row), "{}"
     if not isinstance(row, dict) or "code" not in row or not isinstance(row.get("config"), dict):
         return None
     terms = {
@@ -40,7 +52,12 @@ def kind_of(path: Path, row: Any) -> Kind | None:
         for name, options in row["config"]["terms"].items()
     }
     options = json.dumps({name: chosen for name, chosen in terms.items() if chosen}, sort_keys=True)
-    return path.parent.name.startswith("phantoms"), row["method"], row["config"]["augment"], row["labels"] == 1, options
+    return path.parent.name.startswith("phantoms"), row["method"], row["config"]["augment"], labelled_of(row), options
+
+
+def labelled_of(row: Any) -> int:
+    """Labelled volumes of the run that stands for a row's: as many for terms that count them, else one or several."""
+    return int(row["labels"]) if "semisam" in row["method"] else min(int(row["labels"]), 3)
 
 
 def main() -> None:
@@ -119,19 +136,20 @@ def weights(kinds: list[Kind]) -> list[str]:
     from scarceseg.data.phantoms import PhantomConfig, write_phantom_dataset
     from scarceseg.methods import parse_method
 
-    for several in (False, True):
+    cases = {labelled: max(labelled + 3, 6) for _, _, _, labelled, _ in kinds}
+    for several, count in {(kind[0], cases[kind[3]]) for kind in kinds}:
         shape = PhantomConfig((28, 28, 24), (3.0, 3.0, 3.0), classes=4 if several else 1, channels=2 if several else 1)
-        write_phantom_dataset(Path(f"data{several}"), 6, 6, shape, seed=1)
+        write_phantom_dataset(Path(f"data{several}{count}"), count, count, shape, seed=1)
     tuning = {"tune_iterations": 2}
     quick = {"sfr": tuning, "sfr+": {**tuning, "refresh_iterations": 2}, "atlas": {"workers": 1}}
     left = []
-    for number, (several, method, augment, single, options) in enumerate(kinds):
+    for number, (several, method, augment, labelled, options) in enumerate(kinds):
         chosen = json.loads(options)
         values = {
-            "dataset": str(Path(f"data{several}").resolve()),
+            "dataset": str(Path(f"data{several}{cases[labelled]}").resolve()),
             "method": method,
             "augment": augment,
-            "labeled": 1 if single else 3,
+            "labeled": labelled,
             "batch_norm": "split" if several else "joint",
             "foreground": 0.5 if several else 0.0,
             "network": {"name": "vnet", "args": {"n_filters": 2}},
