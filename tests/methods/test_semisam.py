@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from scarceseg.foundation.dialogue import Asking, converse, first_prompts
 from scarceseg.functional.reliability import mask_gate, merge_masks, soft_dice, voxel_gate
 from scarceseg.methods import build_terms
 from scarceseg.methods.proven_masks import ProvenMasks
-from scarceseg.methods.semisam import SemiSam
+from scarceseg.methods.semisam import SemiSam, need
 from scarceseg.types import Labelled, Step, Unlabelled
 from tests.foundation.small import noise, small_net, small_sam
 from tests.foundation.stub import Stub
@@ -267,20 +268,47 @@ def test_masks_are_proven_on_labelled_rows() -> None:
     assert torch.equal(other.dice(), proven.dice())
 
 
-def test_the_more_labels_the_less_a_mask_counts() -> None:
-    logits, target = logits_of({1: 4.0}), ball((5, 5, 4), 3).float()
+def test_the_more_labels_the_less_a_model_is_needed() -> None:
+    assert [need(labelled, 4) for labelled in (1, 2, 4, 8, 16)] == [3, 2, 1, 0, 0]
+    assert [need(labelled, 1) for labelled in (1, 2)] == [1, 0]
+    assert need(6, 4) == need(6, 4, pool=True) == pytest.approx(0.4150375)  # log2(8 / 6)
+    assert [need(labelled, 4, pool=True) for labelled in (1, 2, 4, 8)] == [1, 1, 1, 0]
 
-    def slope(labelled: int, **options: Any) -> torch.Tensor:
-        term = term_of(Stub(target), **options)
-        term.consult([Stub(target)], (1.0, 1.0, 1.0), labelled)
-        return gradient(term, step_of(logits))
 
-    full = slope(4)
-    assert full.any() and torch.equal(slope(1, enough=None), full) and torch.equal(slope(8, enough=None), full)
-    for labelled, factor in {1: 3.0, 2: 2.0, 3: 1.415037, 6: 0.415037, 7: 0.192645}.items():  # log2(8 / N)
-        torch.testing.assert_close(slope(labelled), factor * full)
-    torch.testing.assert_close(slope(1, enough=1), full)
-    assert torch.equal(slope(8, **PAPER), slope(1, **PAPER))
+@pytest.mark.parametrize(
+    ("method", "labelled", "options", "factor"),
+    [
+        ("ua-mt+semisam", 1, {}, 3),
+        ("acmt+semisam", 2, {}, 2),
+        ("mean-teacher+semisam", 1, {"enough": None}, 1),
+        ("mean-teacher+semisam", 8, {"enough": None}, 1),
+        ("mean-teacher+semisam", 8, PAPER, 1),
+        ("mean-teacher+sfr+semisam", 1, {}, 1),
+        ("mean-teacher+atlas+semisam", 1, {}, 1),
+        ("semisam+self-training", 6, {}, 0.415037),
+    ],
+)
+def test_a_run_multiplies_the_loss_by_the_need(method: str, labelled: int, options: Any, factor: float) -> None:
+    target = ball((5, 5, 4), 3).float()
+
+    def slope(term: SemiSam) -> torch.Tensor:
+        return gradient(term, step_of(logits_of({1: 4.0})))
+
+    once, term = term_of(Stub(target), **options), term_of(Stub(target), **options)
+    config = SimpleNamespace(method=method)
+    term.initialise(
+        torch.nn.Identity(),
+        SimpleNamespace(  # type: ignore[arg-type]
+            config=config,
+            labelled=range(labelled),
+            plan=SimpleNamespace(spacing_mm=(1.0, 1.0, 1.0)),
+            foundation_of=lambda _: "stub",
+            model=lambda _: Stub(target),
+            warnings=[],
+        ),
+    )
+    assert slope(once).any()
+    torch.testing.assert_close(slope(term), factor * slope(once))
 
 
 def test_from_twice_as_many_labels_on_nothing_is_asked() -> None:
@@ -290,13 +318,13 @@ def test_from_twice_as_many_labels_on_nothing_is_asked() -> None:
 
     term = term_of(Deaf(ball((5, 5, 4), 3).float()))
     for labelled in (8, 16):
-        term.consult([Deaf(ball((5, 5, 4), 3).float())], (1.0, 1.0, 1.0), labelled)
+        term.consult([Deaf(ball((5, 5, 4), 3).float())], (1.0, 1.0, 1.0), need(labelled, 4))
         step = step_of(logits_of({1: 4.0}))
         state = step.generator.get_state()
         assert not gradient(term, step).any() and torch.equal(step.generator.get_state(), state)
         assert not term.numbers() and term.picture() is None
         assert term.conclude([{"iteration": 0}]) is None  # it was said before the training
-    term.consult([Deaf(ball((5, 5, 4), 3).float())], (1.0, 1.0, 1.0), 7)
+    term.consult([Deaf(ball((5, 5, 4), 3).float())], (1.0, 1.0, 1.0), need(7, 4))
     with pytest.raises(AssertionError, match="asked"):
         gradient(term, step_of(logits_of({1: 4.0})))
 

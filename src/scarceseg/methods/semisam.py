@@ -17,8 +17,9 @@ from scarceseg.foundation.base import Promptable, Spacing
 from scarceseg.foundation.dialogue import Answers, Asking, Kind, converse, first_prompts
 from scarceseg.foundation.memory import EmbeddingMemory
 from scarceseg.functional.reliability import mask_gate, merge_masks, rise, soft_dice, voxel_gate
-from scarceseg.methods.base import METHODS, RampName, Term, TermOptions
+from scarceseg.methods.base import METHODS, RampName, Term, TermOptions, parse_method
 from scarceseg.methods.proven_masks import ProvenMasks
+from scarceseg.methods.pseudo_labels import PseudoLabelTerm
 from scarceseg.types import ImageBatch, Prompt, Step
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class SemiSamOptions(TermOptions):
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
         enough: labelled volumes with which the term has its `weight`; with N of them it has that times
             ``max(0, log2(2 enough / N))``, as much again for every halving, and from twice as many on nothing is asked: the
-            student then knows more than the model, which none of the other measures shows. None: `weight` with any number.
+            student then knows more than the model, which none of the other measures shows. Beside a term that labels the
+            pool (sfr, atlas and the like) the factor is at most 1. None: `weight` with any number.
         every: iterations from one question to the next; between them the term is silent.
         remember: embeddings kept for patches that come again, as they do when volumes are no larger than a patch. A run that
             was resumed has none of them and may differ from an unbroken one by rounding.
@@ -114,6 +116,21 @@ class Opinion:
     prompts: Mapping[tuple[int, int], Sequence[Prompt]]
 
 
+def need(labelled: int, enough: int, pool: bool = False) -> float:
+    """How much a student needs the models (ours): ``max(0, log2(2 n / N))``, at most 1 if it has labels of the pool.
+
+    Args:
+        labelled: volumes, N.
+        enough: n, with which a student needs them once.
+        pool: whether another term labels the unlabelled volumes.
+
+    Returns:
+        3, 2, 1, 0 with 1, 2, 4, 8 labelled volumes and n = 4; in sums with a term that labels the pool 1, 1, 1, 0.
+    """
+    factor = max(math.log2(2 * enough / labelled), 0.0)
+    return min(factor, 1.0) if pool else factor
+
+
 @METHODS.register("semisam")
 class SemiSam(Term):
     """``mean(w (p_u - s_u)^2)`` against the mask ``s_u`` of a frozen model that the student prompts (Zhang et al. 2023, eq. 3).
@@ -138,19 +155,22 @@ class SemiSam(Term):
 
     def check(self, student: nn.Module, work: Workspace) -> None:
         """Refuse what a model would refuse at the first question, and say when none will be put."""
-        if not self._need_of(count := len(work.labelled)):
+        if not self._need_in(work):
             work.warnings.append(
-                f"with {count} labelled volumes {self.name} asks nothing (terms.{self.name}.enough: {self.options.enough}), so "
-                "this run is that of the other terms: its masks help where labels are fewer; enough: null asks all the same"
+                f"with {len(work.labelled)} labelled volumes {self.name} asks nothing "
+                f"(terms.{self.name}.enough: {self.options.enough}), so this run is that of the other terms: its masks help "
+                "where labels are fewer; enough: null asks all the same"
             )
             return
         for name in self.options.foundation or (work.foundation_of(self),):
             self._check(self._promptable(work, name), name, len(work.plan.channels))
 
-    def _need_of(self, labelled: int | None) -> float:
-        """Of the models, with so many labelled volumes: a factor of the loss."""
-        enough = self.options.enough if self.options.gate else None
-        return 1.0 if enough is None or labelled is None else max(math.log2(2 * enough / labelled), 0.0)
+    def _need_in(self, work: Workspace) -> float:
+        """The factor of the loss in a run."""
+        if not self.options.gate or self.options.enough is None:
+            return 1.0
+        pool = any(issubclass(METHODS.get(name), PseudoLabelTerm) for name in parse_method(work.config.method))
+        return need(len(work.labelled), self.options.enough, pool)
 
     def _promptable(self, work: Workspace, name: str) -> Promptable:
         model = work.model(name)
@@ -163,8 +183,8 @@ class SemiSam(Term):
 
     def initialise(self, student: nn.Module, work: Workspace) -> None:
         """Take the models, each built once a run, and the size of the voxels; no models where nothing is asked."""
-        if not self._need_of(len(work.labelled)):
-            self.consult((), work.plan.spacing_mm, len(work.labelled))
+        if not (factor := self._need_in(work)):
+            self.consult((), work.plan.spacing_mm, factor)
             return
         models = []
         for name in self.options.foundation or (work.foundation_of(self),):
@@ -172,7 +192,7 @@ class SemiSam(Term):
             models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
         if self.options.view != "mosaic" and not any(model.views for model in models):
             work.warnings.append(f"terms.{self.name}.view changes nothing: no model of slices is asked")
-        self.consult(models, work.plan.spacing_mm, len(work.labelled))
+        self.consult(models, work.plan.spacing_mm, factor)
 
     def _check(self, model: Promptable, name: str, channels: int) -> None:
         options, mine = self.options, f"terms.{self.name}"
@@ -193,15 +213,15 @@ class SemiSam(Term):
                 f"choose the one it is shown, 0 to {channels - 1}"
             )
 
-    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing, labelled: int | None = None) -> None:
+    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing, factor: float = 1.0) -> None:
         """Say whom to ask; `initialise` does so in a run.
 
         Args:
             models: frozen.
             spacing_mm: of the patches' voxels.
-            labelled: volumes that the student learns from; None for a factor of 1.
+            factor: of the loss, see `need`; with 0 nothing is asked.
         """
-        self._need = self._need_of(labelled)
+        self._need = factor
         self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
         self._spacing_mm = spacing_mm
         self._memories = tuple(EmbeddingMemory(self.options.remember) for _ in models)
@@ -218,9 +238,7 @@ class SemiSam(Term):
         self._shown: dict[str, Any] = {}
 
     def loss(self, step: Step) -> torch.Tensor:
-        """Scalar of at least 0, with `gate: false` or `enough` labelled volumes at most 1; 0 with a gradient of 0 when the
-        student finds nothing, or nothing is asked.
-        """
+        """Scalar from 0 to `consult`'s factor; 0 with a gradient of 0 when the student finds nothing, or nothing is asked."""
         if step.unlabelled is None or step.logits_u is None:
             raise ValueError(f"term {self.name!r} needs unlabelled rows in the step, got none")
         if step.iteration % self.options.every or not self._need:
