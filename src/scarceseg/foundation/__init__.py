@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scarceseg.foundation.base import Embedding, Masks, Promptable, Tunable, TunedModel, Tuning
+from scarceseg.foundation.base import Embedding, HeadTunable, Masks, Promptable, Tunable, TunedModel, Tuning
 from scarceseg.registry import Registry
 
 FoundationModel = Promptable | Tunable
@@ -18,6 +18,7 @@ __all__ = [
     "FOUNDATIONS",
     "Embedding",
     "FoundationModel",
+    "HeadTunable",
     "Masks",
     "Promptable",
     "Tunable",

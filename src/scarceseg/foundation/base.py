@@ -7,10 +7,11 @@ student. What lies between volume and model (intensity range, spacing, mosaic, c
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.types import ImageBatch, Logits, Prompt
 
+Net = TypeVar("Net", bound=nn.Module)
 PromptKind = Literal["point", "box", "mask"]
 Strategy = Literal["lora", "decoder", "adapter"]
 Sees = Literal["volume", "patch"]
@@ -98,7 +100,7 @@ class Promptable(ABC):
 
     @abstractmethod
     def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
-        """Answer one prompt per row of the embedding.
+        """Answer one prompt per row of the embedding; frozen weights leave nothing to differentiate.
 
         Args:
             embedding: of `embed`; use `Embedding.select` for several prompts on one volume.
@@ -120,6 +122,22 @@ class Promptable(ABC):
             ConfigError: no such view.
         """
         raise ConfigError(f"{self.name}: expected a view of {', '.join(sorted(self.views)) or 'none'}, got {view!r}")
+
+
+class HeadTunable(Promptable):
+    """A promptable model whose head, which answers prompts, may be tuned while what embeds volumes stays as it is.
+
+    Its `segment` hands a gradient back where its head has one.
+    """
+
+    @property
+    @abstractmethod
+    def head(self) -> nn.ModuleDict:
+        """What answers prompts; the live modules."""
+
+    @abstractmethod
+    def with_own_head(self) -> HeadTunable:
+        """The same model with a copy of its head; the embedding part is shared."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +243,11 @@ class Tunable(ABC):
 def freeze(network: nn.Module) -> nn.Module:
     """Evaluation mode and no gradient, for good; returns the network."""
     return network.eval().requires_grad_(False)
+
+
+def with_own(network: Net, shared: nn.Module) -> Net:
+    """A copy of a network that keeps one of its parts in common with it."""
+    return copy.deepcopy(network, {id(shared): shared})
 
 
 def check_image(model: Promptable, image: ImageBatch) -> None:

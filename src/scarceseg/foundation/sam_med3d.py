@@ -5,6 +5,7 @@ Wang et al., "SAM-Med3D: Towards General-purpose Segmentation Models for Volumet
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,19 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from scarceseg.errors import ConfigError, DataError
-from scarceseg.foundation.base import Embedding, Masks, Promptable, PromptKind, Spacing, check_prompts, freeze
+from scarceseg.foundation.base import (
+    Embedding,
+    HeadTunable,
+    Masks,
+    PromptKind,
+    Spacing,
+    check_prompts,
+    freeze,
+    with_own,
+)
 from scarceseg.foundation.identify import compare
 from scarceseg.foundation.sam_med3d_net import SamMed3DConfig, SamMed3DNet
 from scarceseg.foundation.weights import read_tensors
@@ -102,7 +113,7 @@ def _resize(volume: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
     return F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
 
 
-class SamMed3D(Promptable):
+class SamMed3D(HeadTunable):
     """SAM-Med3D on whole volumes: clicks and masks in, one mask out. It knows no boxes.
 
     A volume is resampled to the model's voxels, z-scored over its foreground voxels (the published rule) and put in the middle of
@@ -212,7 +223,17 @@ class SamMed3D(Promptable):
     def _device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    @torch.no_grad()
+    @property
+    def head(self) -> nn.ModuleDict:
+        """See `HeadTunable`."""
+        return nn.ModuleDict({"prompts": self.network.prompt_encoder, "masks": self.network.mask_decoder})
+
+    def with_own_head(self) -> SamMed3D:
+        """See `HeadTunable`."""
+        other = copy.copy(self)
+        other.network = with_own(self.network, self.network.image_encoder)
+        return other
+
     def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
         """Answer one prompt per row; see `Promptable.segment`.
 

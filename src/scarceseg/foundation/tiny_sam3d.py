@@ -5,6 +5,7 @@ A volume is resampled as a whole to a grid whose sides are multiples of 16; clic
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -15,18 +16,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 
 from scarceseg.errors import ConfigError, DataError
 from scarceseg.files import write_atomic
 from scarceseg.foundation.base import (
     Embedding,
+    HeadTunable,
     Masks,
-    Promptable,
     PromptKind,
     Spacing,
     check_image,
     check_prompts,
     freeze,
+    with_own,
 )
 from scarceseg.foundation.clicks import error_distances
 from scarceseg.foundation.prompts import resize_prompt
@@ -107,7 +110,7 @@ class Grid:
         return moved
 
 
-class TinySam3D(Promptable):
+class TinySam3D(HeadTunable):
     """The small promptable 3D network on whole volumes.
 
     Clicks accumulate; each round also sees the mask of the round before (`previous`), or the dense mask of the prompt. The
@@ -182,7 +185,17 @@ class TinySam3D(Promptable):
         seen = _z_score(_z_score(grid.put(volume)).mean(1, keepdim=True))
         return Embedding(self.network.encoder(seen), grid.size, grid)
 
-    @torch.no_grad()
+    @property
+    def head(self) -> nn.ModuleDict:
+        """See `HeadTunable`."""
+        return nn.ModuleDict({"head": self.network.head})
+
+    def with_own_head(self) -> TinySam3D:
+        """See `HeadTunable`."""
+        other = copy.copy(self)
+        other.network = with_own(self.network, self.network.encoder)
+        return other
+
     def segment(self, embedding: Embedding, prompts: Sequence[Prompt], previous: Masks | None = None) -> Masks:
         """Answer one prompt per row; see `Promptable.segment`.
 

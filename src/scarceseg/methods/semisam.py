@@ -5,21 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
+from safetensors.torch import save_file
 from torch import nn
 
 from scarceseg.errors import ConfigError
-from scarceseg.foundation.base import Promptable, Spacing
+from scarceseg.files import write_atomic
+from scarceseg.foundation.base import HeadTunable, Promptable, Spacing
 from scarceseg.foundation.dialogue import Answers, Asking, Kind, converse, first_prompts
 from scarceseg.foundation.memory import EmbeddingMemory
+from scarceseg.foundation.redrawing import Redrawing
+from scarceseg.functional.ramps import RAMPS
 from scarceseg.functional.reliability import mask_gate, merge_masks, rise, soft_dice, voxel_gate
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions, parse_method
 from scarceseg.methods.proven_masks import ProvenMasks
 from scarceseg.methods.pseudo_labels import PseudoLabelTerm
+from scarceseg.methods.redrawing import STEPS, load_tuned, train_to_redraw
 from scarceseg.types import ImageBatch, Prompt, Step
 
 if TYPE_CHECKING:
@@ -37,7 +44,8 @@ class SemiSamOptions(TermOptions):
 
     Attributes:
         weight, ramp: the paper has 0.1 and ``semisam-down``; its script ramps by ``laine-down``. The gate leaves a part of the
-            weight only, hence more here.
+            weight only, hence more here. ``auto`` is the paper's ramp for models that stay as they are, whose masks help at
+            the start alone, and ``constant`` where all are tuned.
         foundation: promptable models, one or several (SemiSAM+); none takes the run's.
         channel: of the image that the models are shown, from 0; None shows all, which not every model takes.
         view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
@@ -50,16 +58,21 @@ class SemiSamOptions(TermOptions):
             asked too, each tenth time: masks that are too large take the place of classes that the student does not find yet.
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
         enough: labelled volumes with which the term has its `weight`; with N of them it has that times
-            ``max(0, log2(2 enough / N))``, as much again for every halving, and from twice as many on nothing is asked: the
-            student then knows more than the model, which none of the other measures shows. Beside a term that labels the
-            pool (sfr, atlas and the like) the factor is at most 1. None: `weight` with any number.
+            ``max(0, log2(2 enough / N))``, as much again for every halving, and from twice as many on nothing is asked of models
+            that stay as they are: the student then knows more than they do, which none of the other measures shows. Models that
+            are tuned learn from these volumes too; for them the factor is at least 1. Beside a term that labels the pool (sfr,
+            atlas and the like) it is at most 1. None: `weight` with any number.
         every: iterations from one question to the next; between them the term is silent.
+        tune_iterations: steps in which the models' heads learn on the labelled volumes to redraw spoilt references, from the
+            prompts of this term (ours; a stage before the training). None is 300 of each model that can, 0 leaves the models as
+            they are, as in the paper.
+        tune_lr: of AdamW with a poly schedule in these steps.
         remember: embeddings kept for patches that come again, as they do when volumes are no larger than a patch. A run that
             was resumed has none of them and may differ from an unbroken one by rounding.
     """
 
     weight: float = Field(1.0, ge=0)
-    ramp: RampName = "semisam-down"
+    ramp: RampName | Literal["auto"] = "auto"  # type: ignore[assignment]
     foundation: tuple[str, ...] = ()
     channel: int | None = Field(None, ge=0)
     view: Literal["mosaic", "slices"] = "mosaic"
@@ -77,6 +90,8 @@ class SemiSamOptions(TermOptions):
     doubt: float = Field(0.8, ge=0, le=1)
     enough: int | None = Field(4, ge=1)
     every: int = Field(1, ge=1)
+    tune_iterations: int | None = Field(None, ge=0)
+    tune_lr: float = Field(2e-3, gt=0)
     remember: int = Field(0, ge=0)
 
     @field_validator("foundation", mode="before")
@@ -91,6 +106,8 @@ class SemiSamOptions(TermOptions):
             found |= dict.fromkeys(("agreement", "quality", "proof", "doubt", "enough"), "with gate: false")
         if not {"point", "uncertainty"} & set(self.prompts):
             found |= dict.fromkeys(("clicks", "outside"), f"with prompts: [{', '.join(self.prompts)}]")
+        if self.tune_iterations == 0:
+            found["tune_lr"] = "with tune_iterations: 0"
         return found
 
 
@@ -116,18 +133,20 @@ class Opinion:
     prompts: Mapping[tuple[int, int], Sequence[Prompt]]
 
 
-def need(labelled: int, enough: int, pool: bool = False) -> float:
+def need(labelled: int, enough: int, pool: bool = False, tuned: bool = False) -> float:
     """How much a student needs the models (ours): ``max(0, log2(2 n / N))``, at most 1 if it has labels of the pool.
 
     Args:
         labelled: volumes, N.
         enough: n, with which a student needs them once.
         pool: whether another term labels the unlabelled volumes.
+        tuned: whether the models learn from these volumes too, and so know more the more there are: then at least 1.
 
     Returns:
-        3, 2, 1, 0 with 1, 2, 4, 8 labelled volumes and n = 4; in sums with a term that labels the pool 1, 1, 1, 0.
+        3, 2, 1, 0 with 1, 2, 4, 8 labelled volumes and n = 4, tuned 3, 2, 1, 1; in sums with a term that labels the pool
+        1, 1, 1, 0, tuned 1.
     """
-    factor = max(math.log2(2 * enough / labelled), 0.0)
+    factor = max(math.log2(2 * enough / labelled), 1.0 if tuned else 0.0)
     return min(factor, 1.0) if pool else factor
 
 
@@ -162,15 +181,58 @@ class SemiSam(Term):
                 "where labels are fewer; enough: null asks all the same"
             )
             return
-        for name in self.options.foundation or (work.foundation_of(self),):
-            self._check(self._promptable(work, name), name, len(work.plan.channels))
+        models = {name: self._promptable(work, name) for name in self._names(work)}
+        for name, model in models.items():
+            self._check(model, name, len(work.plan.channels))
+            if self.options.tune_iterations and not isinstance(model, HeadTunable):
+                work.warnings.append(
+                    f"terms.{self.name}.tune_iterations changes nothing for {name!r}: its head cannot be tuned"
+                )
+
+    def stages(self) -> list[str]:
+        """The models' heads are tuned before the training."""
+        return [] if self.options.tune_iterations == 0 else ["tune"]
+
+    def prepare(self, stage: str, work: Workspace) -> None:
+        """Tune a copy of each model's head, where it can be and something will be asked."""
+        for number, opened in self._opened(work).items():
+            name = f"{self.name}-{stage}-{number}"
+            train_to_redraw(work, name, opened, self.options.tune_iterations or STEPS, self.options.tune_lr)
+            if work.fabric.is_global_zero:
+                write_atomic(_head(work.folder(self.name, stage), number), partial(save_file, opened.tuned_state()))
+            work.discard(name)
+
+    def _opened(self, work: Workspace) -> dict[int, Redrawing]:
+        """The models that are tuned, by their number; none where nothing is asked."""
+        if self.options.tune_iterations == 0 or not self._need_in(work):
+            return {}
+        models = enumerate(self._seen(work, name) for name in self._names(work))
+        asking = self._what_is_asked()
+        return {
+            number: Redrawing(model, asking, work.plan.spacing_mm, self.options.channel).to(work.fabric.device)
+            for number, model in models
+            if isinstance(model, HeadTunable)
+        }
+
+    def _names(self, work: Workspace) -> tuple[str, ...]:
+        return self.options.foundation or (work.foundation_of(self),)
+
+    def _seen(self, work: Workspace, name: str) -> Promptable:
+        model = self._promptable(work, name)
+        return model.seen_as(self.options.view) if self.options.view in model.views else model
 
     def _need_in(self, work: Workspace) -> float:
         """The factor of the loss in a run."""
         if not self.options.gate or self.options.enough is None:
             return 1.0
         pool = any(issubclass(METHODS.get(name), PseudoLabelTerm) for name in parse_method(work.config.method))
-        return need(len(work.labelled), self.options.enough, pool)
+        return need(len(work.labelled), self.options.enough, pool, self._learns(work))
+
+    def _learns(self, work: Workspace) -> bool:
+        """Whether the heads of all models are tuned."""
+        if self.options.tune_iterations == 0:
+            return False
+        return all(isinstance(self._promptable(work, name), HeadTunable) for name in self._names(work))
 
     def _promptable(self, work: Workspace, name: str) -> Promptable:
         model = work.model(name)
@@ -186,13 +248,14 @@ class SemiSam(Term):
         if not (factor := self._need_in(work)):
             self.consult((), work.plan.spacing_mm, factor)
             return
-        models = []
-        for name in self.options.foundation or (work.foundation_of(self),):
-            model = self._promptable(work, name)
-            models.append(model.seen_as(self.options.view) if self.options.view in model.views else model)
+        models = [self._seen(work, name) for name in self._names(work)]
         if self.options.view != "mosaic" and not any(model.views for model in models):
             work.warnings.append(f"terms.{self.name}.view changes nothing: no model of slices is asked")
-        self.consult(models, work.plan.spacing_mm, factor)
+        heads = self._opened(work)
+        for number, opened in heads.items():
+            load_tuned(opened, _head(work.folder(self.name, "tune"), number))
+            models[number] = opened.frozen()
+        self.consult(models, work.plan.spacing_mm, factor, tuned=len(heads) == len(models))
 
     def _check(self, model: Promptable, name: str, channels: int) -> None:
         options, mine = self.options, f"terms.{self.name}"
@@ -213,19 +276,33 @@ class SemiSam(Term):
                 f"choose the one it is shown, 0 to {channels - 1}"
             )
 
-    def consult(self, models: Sequence[Promptable], spacing_mm: Spacing, factor: float = 1.0) -> None:
+    def weight(self, iteration: int, total: int) -> float:
+        """Weight of the term at iteration t of T."""
+        chosen = self.options.ramp
+        ramp = ("constant" if self._tuned else "semisam-down") if chosen == "auto" else chosen
+        return self.options.weight * RAMPS[ramp](iteration, total, self.options.ramp_epochs)
+
+    def consult(
+        self, models: Sequence[Promptable], spacing_mm: Spacing, factor: float = 1.0, tuned: bool = False
+    ) -> None:
         """Say whom to ask; `initialise` does so in a run.
 
         Args:
             models: frozen.
             spacing_mm: of the patches' voxels.
             factor: of the loss, see `need`; with 0 nothing is asked.
+            tuned: whether the heads of all of them have learnt from the labelled volumes.
         """
-        self._need = factor
+        self._need, self._tuned = factor, tuned
         self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
         self._spacing_mm = spacing_mm
         self._memories = tuple(EmbeddingMemory(self.options.remember) for _ in models)
-        self._asking = Asking(
+        self._asking = self._what_is_asked()
+        self._numbers: dict[str, float] = {}
+        self._shown: dict[str, Any] = {}
+
+    def _what_is_asked(self) -> Asking:
+        return Asking(
             kinds=self.options.prompts,
             clicks=self.options.clicks,
             outside=self.options.outside,
@@ -234,8 +311,6 @@ class SemiSam(Term):
             confident=self.options.confident,
             components=self.options.components,
         )
-        self._numbers: dict[str, float] = {}
-        self._shown: dict[str, Any] = {}
 
     def loss(self, step: Step) -> torch.Tensor:
         """Scalar from 0 to `consult`'s factor; 0 with a gradient of 0 when the student finds nothing, or nothing is asked."""
@@ -413,3 +488,7 @@ class SemiSam(Term):
         return dialogue_picture(
             self._shown["image"], self._shown["student"], opinion.probability, opinion.weight, opinion.prompts
         )
+
+
+def _head(folder: Path, number: int) -> Path:
+    return folder / f"head-{number}.safetensors"

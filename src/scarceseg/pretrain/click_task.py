@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from scarceseg.foundation.tiny_sam3d_net import EncodedPrompt, TinySam3DNet
+from scarceseg.functional.noise import spoilt_masks
 from scarceseg.pretrain.volumes import TRAINING, Setting, Shape, SyntheticVolume, draw_target, make_volume
 
 Name = TypeVar("Name", str, int)
@@ -221,13 +222,3 @@ def loose_boxes(target: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         low, high = low + rng.uniform(-1, 0.5, 3) * room, high + rng.uniform(-0.5, 1, 3) * room
         boxes.append(np.stack([np.clip(low, 0, limit), np.clip(high, 0, limit)]))
     return torch.from_numpy(np.stack(boxes).astype(np.float32))
-
-
-def spoilt_masks(target: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Masks ``[R, 1, X, Y, Z]`` like those of an unsure student: moved, grown or shrunk, with smooth holes and islands."""
-    soft = F.avg_pool3d(target.float()[:, None], 5, stride=1, padding=2)
-    coarse = torch.from_numpy(rng.standard_normal((len(target), 1, 6, 6, 5), dtype=np.float32))
-    bumps = F.interpolate(coarse, size=target.shape[1:], mode="trilinear", align_corners=False)
-    level = torch.from_numpy(rng.uniform(-0.25, 0.25, (len(target), 1, 1, 1, 1)).astype(np.float32))
-    moved = torch.roll(soft, tuple(int(s) for s in rng.integers(-2, 3, 3)), (2, 3, 4))
-    return torch.sigmoid((moved - 0.5 + level + float(rng.uniform(0, 0.5)) * bumps) * float(rng.uniform(4, 12)))
