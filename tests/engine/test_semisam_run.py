@@ -16,7 +16,7 @@ from scarceseg.config import Config
 from scarceseg.engine import workspace as workspace_module
 from scarceseg.engine.loop import Loop
 from scarceseg.engine.run import train
-from scarceseg.errors import ConfigError, Interrupted
+from scarceseg.errors import ConfigError, Interrupted, RunError
 from scarceseg.foundation.base import Masks
 from scarceseg.foundation.sam_volume import SamPromptable
 from scarceseg.foundation.tiny_sam import save_tiny_sam
@@ -28,7 +28,7 @@ from tests.engine.test_stages import stop_in
 from tests.foundation.small import small_net, small_sam
 from tests.tiny import tiny_config, tiny_dataset
 
-LOOSE = {"agreement": [0.0, 0.1], "quality": [0.0, 0.0], "threshold": 0.3, "confident": 0.5}
+LOOSE = {"agreement": [0.0, 0.1], "quality": [0.0, 0.0], "threshold": 0.3, "confident": 0.5, "tune_iterations": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,6 +70,46 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data: Path, tmp_path: Path)
     assert [e["loss"] for e in lines(tmp_path / "whole")] == [e["loss"] for e in lines(tmp_path / "cut")]
 
 
+def test_stopped_while_a_head_is_tuned_and_resumed_is_bit_for_bit_the_same(data: Path, tmp_path: Path) -> None:
+    config = config_of(data, semisam={"tune_iterations": 4})
+    train(config, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in("semisam-tune-0", 2, patch)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "cut")
+    assert not list((tmp_path / "cut" / "stages").rglob("head-*.safetensors"))
+    train(config, tmp_path / "cut", resume=True)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    heads = [
+        (tmp_path / run / "stages" / "semisam-tune" / "head-0.safetensors").read_bytes() for run in ("whole", "cut")
+    ]
+    assert heads[0] == heads[1]
+    assert not list((tmp_path / "cut" / "checkpoints").glob("semisam*"))
+
+
+def test_a_tuned_head_is_what_is_asked(data: Path, tmp_path: Path) -> None:
+    """And it is asked with any number of labels, while one that stays as it is counts them."""
+    options = {"weight": 5.0, "ramp": "constant", "enough": 1}
+    kept = {}
+    for name, steps in (("few", 1), ("more", 6), ("none", 0)):
+        train(config_of(data, semisam=options | {"tune_iterations": steps}), tmp_path / name)
+        kept[name] = "semisam-tune" in {path.name for path in (tmp_path / name / "stages").glob("*")}
+    assert kept == {"few": True, "more": True, "none": False}
+    assert not same(tmp_path / "few", tmp_path / "more")
+    assert max(asked(tmp_path / "few")) > 0
+    assert not [entry for entry in lines(tmp_path / "none") if "asked/semisam" in entry]
+
+
+def test_a_damaged_head_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in("train", 2, patch)
+        with pytest.raises(Interrupted):
+            train(config_of(data), tmp_path / "run")
+    (tmp_path / "run" / "stages" / "semisam-tune" / "head-0.safetensors").write_bytes(b"?")
+    with pytest.raises(RunError, match=r"head-0.safetensors.*remove that folder and --resume"):
+        train(config_of(data), tmp_path / "run", resume=True)
+
+
 def test_hidden_labels_are_never_opened(tmp_path: Path) -> None:
     for name in ("clean", "garbage"):
         folder = tiny_dataset(tmp_path / name)
@@ -99,7 +139,8 @@ def test_with_many_labels_a_run_is_that_of_its_base_and_says_so(
     monkeypatch.setattr(SemiSam, "_promptable", built)
     train(tiny_config(data, log_every=1), tmp_path / "base")
     capsys.readouterr()
-    result = train(config_of(data, semisam={"enough": 1}), tmp_path / "run")  # of two labelled volumes
+    frozen = {"enough": 1, "tune_iterations": 0}
+    result = train(config_of(data, semisam=frozen), tmp_path / "run")  # of two labelled volumes
     assert same(tmp_path / "base", tmp_path / "run")
     (said,) = (line for line in result.warnings if "semisam" in line)
     assert said.startswith("with 2 labelled volumes semisam asks nothing (terms.semisam.enough: 1)")
@@ -189,7 +230,14 @@ def test_models_that_only_stages_need_do_not_stay_in_memory(
 
     monkeypatch.setattr(workspace_module, "load_foundation", load)
     monkeypatch.setattr(Loop, "_step", spy)
-    config = config_of(data, "mean-teacher+sfr+semisam", terms={"sfr": {"tune_iterations": 1}}, iterations=2, labeled=2)
+    config = config_of(
+        data,
+        "mean-teacher+sfr+semisam",
+        semisam={"tune_iterations": 0},
+        terms={"sfr": {"tune_iterations": 1}},
+        iterations=2,
+        labeled=2,
+    )
     train(config, tmp_path / "run")
     assert alive == {str(Sfr.foundation): [False, False], str(SemiSam.foundation): [True, True]}
 
@@ -204,8 +252,9 @@ def test_what_semisam_refuses_is_refused_before_the_stages_of_others(data: Path,
 
 def test_several_models(data: Path, tmp_path: Path) -> None:
     own = str(SemiSam.foundation)
-    train(config_of(data, semisam={"foundation": [own, own]}, iterations=2), tmp_path / "twice")
-    train(config_of(data, iterations=2), tmp_path / "once")
+    frozen = {"tune_iterations": 0}  # tuned, the two would differ
+    train(config_of(data, semisam={"foundation": [own, own], **frozen}, iterations=2), tmp_path / "twice")
+    train(config_of(data, semisam=frozen, iterations=2), tmp_path / "once")
     assert asked(tmp_path / "twice") == asked(tmp_path / "once")
     assert same(tmp_path / "twice", tmp_path / "once")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from scarceseg.config import OptimConfig
 from scarceseg.data.sampling import PatchSampler, Source
@@ -19,6 +19,7 @@ from scarceseg.data.whole import CurvedSlices, Sampler, SideBySide, WholeVolumes
 from scarceseg.errors import ConfigError, DataError, RunError
 from scarceseg.files import write_atomic
 from scarceseg.foundation.base import Strategy, Tunable, TunedModel, Tuning, freeze
+from scarceseg.foundation.weights import read_tensors
 from scarceseg.methods.base import build_terms
 from scarceseg.methods.pseudo_labels import PseudoLabelOptions
 from scarceseg.networks.selftest import broken_in_bf16
@@ -257,8 +258,8 @@ class TunedTeacher:
 
     def _read(self, network: TunedModel, file: Path) -> None:
         try:
-            network.load_tuned_state(load_file(file))
-        except (OSError, DataError) as error:
+            network.load_tuned_state(read_tensors(file).state)
+        except DataError as error:
             raise RunError(f"cannot use the tuned weights {file}: {error}; remove that folder and --resume") from None
 
     def _sampler(self, stage: str, guessed: Sequence[Source], axis: int) -> Sampler:

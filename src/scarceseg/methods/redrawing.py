@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
-
 from scarceseg.config import OptimConfig
 from scarceseg.data.drawings import Drawings
 from scarceseg.data.sampling import PatchSampler, Source
 from scarceseg.errors import DataError, RunError
 from scarceseg.foundation.redrawing import Redrawing
+from scarceseg.foundation.weights import read_tensors
 from scarceseg.methods.base import build_terms
 
 if TYPE_CHECKING:
@@ -58,6 +57,6 @@ def load_tuned(opened: Redrawing, file: Path) -> None:
         RunError: it is missing or does not fit.
     """
     try:
-        opened.load_tuned_state(load_file(file))
-    except (OSError, DataError) as error:
+        opened.load_tuned_state(read_tensors(file).state)
+    except DataError as error:
         raise RunError(f"cannot use the tuned head {file}: {error}; remove that folder and --resume") from None

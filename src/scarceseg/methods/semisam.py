@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,16 +18,16 @@ from torch import nn
 from scarceseg.errors import ConfigError
 from scarceseg.files import write_atomic
 from scarceseg.foundation.base import HeadTunable, Promptable, Spacing
-from scarceseg.foundation.dialogue import Answers, Asking, Kind, converse, first_prompts
-from scarceseg.foundation.memory import EmbeddingMemory
+from scarceseg.foundation.dialogue import Asking, Kind
 from scarceseg.foundation.redrawing import Redrawing
 from scarceseg.functional.ramps import RAMPS
-from scarceseg.functional.reliability import mask_gate, merge_masks, rise, soft_dice, voxel_gate
+from scarceseg.functional.reliability import rise
 from scarceseg.methods.base import METHODS, RampName, Term, TermOptions, parse_method
+from scarceseg.methods.panel import Gate, Opinion, Panel
 from scarceseg.methods.proven_masks import ProvenMasks
 from scarceseg.methods.pseudo_labels import PseudoLabelTerm
 from scarceseg.methods.redrawing import STEPS, load_tuned, train_to_redraw
-from scarceseg.types import ImageBatch, Prompt, Step
+from scarceseg.types import ImageBatch, Step
 
 if TYPE_CHECKING:
     from scarceseg.engine.workspace import Workspace
@@ -64,8 +64,8 @@ class SemiSamOptions(TermOptions):
             atlas and the like) it is at most 1. None: `weight` with any number.
         every: iterations from one question to the next; between them the term is silent.
         tune_iterations: steps in which the models' heads learn on the labelled volumes to redraw spoilt references, from the
-            prompts of this term (ours; a stage before the training). None is 300 of each model that can, 0 leaves the models as
-            they are, as in the paper.
+            prompts of this term (ours; a stage before the training). None is 300, or as many as the run has where these are
+            fewer, of each model that can; 0 leaves the models as they are, as in the paper.
         tune_lr: of AdamW with a poly schedule in these steps.
         remember: embeddings kept for patches that come again, as they do when volumes are no larger than a patch. A run that
             was resumed has none of them and may differ from an unbroken one by rounding.
@@ -109,28 +109,6 @@ class SemiSamOptions(TermOptions):
         if self.tune_iterations == 0:
             found["tune_lr"] = "with tune_iterations: 0"
         return found
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What the models think of the unlabelled rows.
-
-    Attributes:
-        probability: ``[U, K-1, X, Y, Z]`` of the foreground classes, the models' mean by their weights.
-        masks: the same shape, their plain mean; 0 where nothing was asked.
-        weight: the same shape, in [0, 1]; 0 where nothing was asked.
-        asked: ``[U, K-1]`` bool.
-        agreement, quality: means over what was asked, in [0, 1], of each model.
-        prompts: of the first model, by row and class.
-    """
-
-    probability: torch.Tensor
-    masks: torch.Tensor
-    weight: torch.Tensor
-    asked: torch.Tensor
-    agreement: tuple[float, ...]
-    quality: tuple[float, ...]
-    prompts: Mapping[tuple[int, int], Sequence[Prompt]]
 
 
 def need(labelled: int, enough: int, pool: bool = False, tuned: bool = False) -> float:
@@ -197,7 +175,8 @@ class SemiSam(Term):
         """Tune a copy of each model's head, where it can be and something will be asked."""
         for number, opened in self._opened(work).items():
             name = f"{self.name}-{stage}-{number}"
-            train_to_redraw(work, name, opened, self.options.tune_iterations or STEPS, self.options.tune_lr)
+            steps = self.options.tune_iterations or min(STEPS, work.config.iterations)
+            train_to_redraw(work, name, opened, steps, self.options.tune_lr)
             if work.fabric.is_global_zero:
                 write_atomic(_head(work.folder(self.name, stage), number), partial(save_file, opened.tuned_state()))
             work.discard(name)
@@ -207,7 +186,7 @@ class SemiSam(Term):
         if self.options.tune_iterations == 0 or not self._need_in(work):
             return {}
         models = enumerate(self._seen(work, name) for name in self._names(work))
-        asking = self._what_is_asked()
+        asking = self._asking()
         return {
             number: Redrawing(model, asking, work.plan.spacing_mm, self.options.channel).to(work.fabric.device)
             for number, model in models
@@ -294,14 +273,13 @@ class SemiSam(Term):
             tuned: whether the heads of all of them have learnt from the labelled volumes.
         """
         self._need, self._tuned = factor, tuned
-        self._models = tuple(models)  # no submodules: frozen weights are no part of the term's state
-        self._spacing_mm = spacing_mm
-        self._memories = tuple(EmbeddingMemory(self.options.remember) for _ in models)
-        self._asking = self._what_is_asked()
+        gate = Gate(self.options.agreement, self.options.quality, self.options.doubt) if self.options.gate else None
+        # A panel is no submodule: frozen weights are no part of the term's state.
+        self._panel = Panel(models, self._asking(), spacing_mm, gate, self.options.channel, self.options.remember)
         self._numbers: dict[str, float] = {}
         self._shown: dict[str, Any] = {}
 
-    def _what_is_asked(self) -> Asking:
+    def _asking(self) -> Asking:
         return Asking(
             kinds=self.options.prompts,
             clicks=self.options.clicks,
@@ -322,7 +300,7 @@ class SemiSam(Term):
         foreground = step.logits_u.float().softmax(1)[:, 1:]
         if self.proven is not None and step.iteration // self.options.every % PROOF_EVERY == 0:
             found = step.logits_l.detach().float().softmax(1)[:, 1:]
-            proof = self._ask(step.labelled.image, found, step.generator)
+            proof = self._panel.ask(step.labelled.image, found, step.generator)
             self.proven.see(proof.masks, proof.asked, step.labelled.label)
         opinion = self.opinion(step.unlabelled.image, foreground.detach(), step.generator)
         self._note(step, foreground.detach(), opinion)
@@ -338,90 +316,10 @@ class SemiSam(Term):
             generator: of the clicks.
         """
         if self.proven is None:
-            return self._ask(image, foreground, generator)
+            return self._panel.ask(image, foreground, generator)
         trust = rise(self.proven.dice(), *self.options.proof)[:, None, None, None]
-        opinion = self._ask(image, foreground * (trust > 0), generator)  # the others would be asked for nothing
+        opinion = self._panel.ask(image, foreground * (trust > 0), generator)  # the others would be asked for nothing
         return replace(opinion, weight=opinion.weight * trust)
-
-    @torch.no_grad()
-    def _ask(self, image: ImageBatch, foreground: torch.Tensor, generator: torch.Generator) -> Opinion:
-        """What the models say to these patches, weighed by what they say alone."""
-        if self.options.channel is not None:
-            image = image[:, self.options.channel : self.options.channel + 1]
-        prompts = {
-            (row, index): found
-            for row in range(foreground.shape[0])
-            for index in range(foreground.shape[1])
-            if (found := first_prompts(foreground[row, index], self._asking, self._spacing_mm, generator))
-        }
-        asked = torch.zeros(foreground.shape[:2], dtype=torch.bool, device=foreground.device)
-        for key in prompts:
-            asked[key] = True
-        target, masks, total = (torch.zeros_like(foreground) for _ in range(3))
-        agreement, quality = [0.0] * len(self._models), [0.0] * len(self._models)
-        if prompts:
-            agreement, quality = [], []
-            for model, memory in zip(self._models, self._memories, strict=True):
-                answers = self._answers(model, memory, image, foreground, prompts, generator)
-                merged = self._merged(answers, prompts, asked, foreground)
-                alike = soft_dice(foreground[asked], merged[asked])
-                weight = self._weight(answers, alike, foreground[asked], merged[asked])
-                target[asked] += weight * merged[asked]
-                masks[asked] += merged[asked] / len(self._models)
-                total[asked] += weight
-                agreement.append(float(alike.mean()))
-                quality.append(float(answers.quality.mean()))
-        share = total.clamp_min(1e-8)
-        return Opinion(
-            target / share,
-            masks,
-            total / len(self._models),
-            asked,
-            tuple(agreement),
-            tuple(quality),
-            prompts,
-        )
-
-    def _answers(
-        self,
-        model: Promptable,
-        memory: EmbeddingMemory,
-        image: ImageBatch,
-        foreground: torch.Tensor,
-        prompts: Mapping[tuple[int, int], Sequence[Prompt]],
-        generator: torch.Generator,
-    ) -> Answers:
-        """Of one model to all prompts; in the order of `prompts`, which is that of ``asked.nonzero()``."""
-        embedding, known = memory.embed(model, image, sorted({row for row, _ in prompts}), self._spacing_mm)
-        wished = torch.stack([foreground[key] for key in prompts])
-        rows = [known[row] for row, _ in prompts]
-        with torch.autocast(wished.device.type, enabled=False):  # places and odds need more than bf16 has
-            return converse(
-                model, embedding, rows, wished, list(prompts.values()), self._asking, self._spacing_mm, generator
-            )
-
-    def _merged(
-        self,
-        answers: Answers,
-        prompts: Mapping[tuple[int, int], Sequence[Prompt]],
-        asked: torch.Tensor,
-        foreground: torch.Tensor,
-    ) -> torch.Tensor:
-        masks = torch.zeros_like(foreground)
-        for key, mask in zip(prompts, answers.probability, strict=True):
-            masks[key] = mask
-        return merge_masks(masks, asked)
-
-    def _weight(
-        self, answers: Answers, agreement: torch.Tensor, student: torch.Tensor, model: torch.Tensor
-    ) -> torch.Tensor:
-        """``[N, X, Y, Z]``; 1 without a gate, but for the spread when that was asked for."""
-        if not self.options.gate:
-            alike = 1 - 4 * answers.spread if "uncertainty" in self.options.prompts else torch.ones_like(model)
-            return alike.clamp(0, 1)
-        voxels = voxel_gate(student, model, answers.spread, self.options.doubt)
-        masks = mask_gate(agreement, answers.quality, self.options.agreement, self.options.quality)
-        return masks[:, None, None, None] * voxels
 
     def _note(self, step: Step, foreground: torch.Tensor, opinion: Opinion) -> None:
         """Keep what the log and the pictures show of this step."""
@@ -434,7 +332,7 @@ class SemiSam(Term):
         }
         if self.proven is not None:
             self._numbers |= {f"proof_{number}": value for number, value in enumerate(self.proven.dice().tolist(), 1)}
-        if len(self._models) > 1:
+        if len(self._panel.models) > 1:
             for number, (agreement, quality) in enumerate(zip(opinion.agreement, opinion.quality, strict=True), 1):
                 self._numbers |= {f"agreement_{number}": agreement, f"quality_{number}": quality}
         assert step.unlabelled is not None
