@@ -35,6 +35,7 @@ LEARNT = (
     "learn_from",
     "gate",
     "enough",
+    "tune_iterations",
 )
 """Options that decide what of the teachers' answers is learnt; the others have their defaults here."""
 Kind = tuple[bool, str, str, int, str]
@@ -141,7 +142,7 @@ def weights(kinds: list[Kind]) -> list[str]:
         shape = PhantomConfig((28, 28, 24), (3.0, 3.0, 3.0), classes=4 if several else 1, channels=2 if several else 1)
         write_phantom_dataset(Path(f"data{several}{count}"), count, count, shape, seed=1)
     tuning = {"tune_iterations": 2}
-    quick = {"sfr": tuning, "sfr+": {**tuning, "refresh_iterations": 2}, "atlas": {"workers": 1}}
+    quick = {"sfr": tuning, "sfr+": {**tuning, "refresh_iterations": 2}, "atlas": {"workers": 1}, "semisam": tuning}
     left = []
     for number, (several, method, augment, labelled, options) in enumerate(kinds):
         chosen = json.loads(options)
@@ -158,7 +159,7 @@ def weights(kinds: list[Kind]) -> list[str]:
             "device": "cpu",
             "precision": "fp32",
             "memory_format": "contiguous",
-            "terms": {name: {**quick.get(name, {}), **chosen.get(name, {})} for name in parse_method(method)},
+            "terms": {name: known(name, quick.get(name, {}) | chosen.get(name, {})) for name in parse_method(method)},
         }
         out = Path(f"run{number}")
         try:
@@ -168,6 +169,13 @@ def weights(kinds: list[Kind]) -> list[str]:
             left.append(f"{number}: {error!r} {out.resolve()}")
         print(f"{number + 1}/{len(kinds)} {method}", file=sys.stderr, flush=True)
     return left
+
+
+def known(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that a tree's term has: what a later one has added is left out where it was not there yet."""
+    from scarceseg.methods import METHODS
+
+    return {key: value for key, value in options.items() if key in METHODS.get(name).Options.model_fields}
 
 
 if __name__ == "__main__":

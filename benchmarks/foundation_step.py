@@ -28,7 +28,7 @@ from scarceseg.engine.step import place, train_step
 from scarceseg.foundation.base import Tuning
 from scarceseg.foundation.load import load_foundation
 from scarceseg.foundation.memory import EmbeddingMemory
-from scarceseg.methods import build_terms, semisam
+from scarceseg.methods import build_terms, panel
 from scarceseg.methods.base import Term
 from scarceseg.methods.semisam import SemiSam
 from scarceseg.networks import build_network
@@ -97,7 +97,7 @@ def batch_of(patch: Patch) -> tuple[Labelled, Unlabelled]:
 @contextmanager
 def watched(parts: dict[str, float]) -> Iterator[None]:
     """Add up the time SemiSAM spends in its three parts."""
-    kept = {"prompt": semisam.first_prompts, "answer": semisam.converse}
+    kept = {"prompt": panel.first_prompts, "answer": panel.converse}
     original = EmbeddingMemory.embed
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,12 +109,12 @@ def watched(parts: dict[str, float]) -> Iterator[None]:
 
         return inner
 
-    semisam.first_prompts, semisam.converse = timed("prompt", kept["prompt"]), timed("answer", kept["answer"])
+    panel.first_prompts, panel.converse = timed("prompt", kept["prompt"]), timed("answer", kept["answer"])
     EmbeddingMemory.embed = timed("embed", original)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        semisam.first_prompts, semisam.converse = kept["prompt"], kept["answer"]
+        panel.first_prompts, panel.converse = kept["prompt"], kept["answer"]
         EmbeddingMemory.embed = original  # type: ignore[method-assign]
 
 

@@ -6,6 +6,7 @@ Patches of the runs' unlabelled cases, drawn uniformly. The student is the train
 benchmark alone. `dice`: of the student's mask and of the model's. `share`: sum w (s - p)(y - p) / sum w^2 (s - p)^2 over all
 voxels, with p the student's probability, s the model's, y the reference and w the weight of the term: by what share of the way
 from p to p + w (s - p) the student should go. Above 0 the term's gradient points the right way, from 1/2 on all the way helps.
+The last prompts are put once more to the model with the head that the run has tuned, where it has.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import torch.nn.functional as F
 from common import provenance, save
 from scarceseg.data.dataset import load_dataset
 from scarceseg.data.prepare import PreparedCase, prepare_cases
-from scarceseg.foundation.base import Promptable
+from scarceseg.foundation.base import HeadTunable, Promptable, Spacing
+from scarceseg.foundation.dialogue import Asking
 from scarceseg.foundation.load import load_foundation
+from scarceseg.foundation.redrawing import Redrawing
+from scarceseg.foundation.weights import read_tensors
 from scarceseg.functional.reliability import soft_dice
 from scarceseg.inference.predictor import Predictor
 from scarceseg.methods import build_terms
@@ -77,6 +81,17 @@ def measure(term: SemiSam, student: torch.nn.Module, data: list[Patch]) -> dict[
     return means | {"share": float(sums[0] / max(sums[1], 1e-12)), "asked": len(rows) / len(data)}
 
 
+def tuned_in(run: Path, model: Promptable, spacing_mm: Spacing) -> Promptable | None:
+    """The model with the head that a run has tuned; None: it has not."""
+    file = run / "stages" / "semisam-tune" / "head-0.safetensors"
+    if not file.exists():
+        return None
+    assert isinstance(model, HeadTunable)
+    opened = Redrawing(model, Asking(), spacing_mm)
+    opened.load_tuned_state(read_tensors(file).state)
+    return opened.frozen()
+
+
 def main() -> None:
     """Measure every kind of prompt for every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,16 +110,19 @@ def main() -> None:
         data = patches(
             list(prepare_cases(cases, (), predictor.plan, None).values()), predictor.plan.patch, options.patches
         )
+        asked = [(kind, settings, model) for kind, settings in KINDS.items()]
+        if (tuned := tuned_in(run, model, predictor.plan.spacing_mm)) is not None:
+            *_, (kind, settings, _) = asked
+            asked.append((f"{kind}, tuned", settings, tuned))
         found = {}
-        for kind, settings in KINDS.items():
+        for kind, settings, asked_model in asked:
             for gate in (False, True):
                 term = build_terms("semisam", {"semisam": settings | {"gate": gate}}, 2)["semisam"]
                 assert isinstance(term, SemiSam)
-                term.consult([model], predictor.plan.spacing_mm)
-                found[f"{kind}, {'gate' if gate else 'all'}"] = measure(term, predictor.network.eval(), data)
-                print(
-                    run.name, kind, "gate" if gate else "all", found[f"{kind}, {'gate' if gate else 'all'}"], flush=True
-                )
+                term.consult([asked_model], predictor.plan.spacing_mm)
+                name = f"{kind}, {'gate' if gate else 'all'}"
+                found[name] = measure(term, predictor.network.eval(), data)
+                print(run.name, name, found[name], flush=True)
         result = {"run": run.name, "foundation": options.foundation, "patches": options.patches, "kinds": found}
         save(f"semisam_prompts/{run.name}", result | provenance(SEMISAM_PROMPTS))
 

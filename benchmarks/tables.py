@@ -21,8 +21,9 @@ from scarceseg.evaluation.tables import markdown_table, published_rows
 from step_profile import KINDS, REST
 
 STALE = "†"
-SEMISAM_PROMPTS = ("methods/semisam.py", "functional/reliability.py", "foundation/dialogue.py", "foundation/prompts.py",
-                   "foundation/clicks.py", "foundation/tiny_sam3d.py", "foundation/tiny_sam3d_net.py")  # fmt: skip
+SEMISAM_PROMPTS = ("methods/panel.py", "functional/reliability.py", "foundation/dialogue.py", "foundation/prompts.py",
+                   "foundation/clicks.py", "foundation/tiny_sam3d.py", "foundation/tiny_sam3d_net.py",
+                   "foundation/redrawing.py")  # fmt: skip
 FOUNDATION_STEP = (
     "engine/loop.py",
     "engine/step.py",
@@ -84,6 +85,54 @@ def augmentation() -> str:
     rows = [row | {"name": row["config"]["augment"]} for row in (*load("augmentation"), *load("reflections/la_coarse"))]
     rows += [row | {"name": "deform"} for row in load("la_coarse") if not row.get("name")]
     return _by_method([row for row in rows if row["method"] == "mean-teacher" and row["labels"] in (1, 4, 8)])
+
+
+def semisam_gains() -> str:
+    """What SemiSAM adds to a base method, here and in its paper: means over the seeds that both have."""
+    settings = {"1.25 mm": load("la_development"), "coarse": load("la_coarse")}
+    counts = (1, 2, 4, 8, 16)
+    lines = []
+    for base in ("mean-teacher", "ua-mt"):
+        paper = {
+            _counted(labels): _gain(*(_published(labels, name) for name in (base, f"{base}+semisam")))
+            for labels in counts
+        }
+        lines.append(
+            {"method": base, "models": "frozen", "setting": "its paper: full resolution, 20 test cases"} | paper
+        )
+        for setting, rows in settings.items():
+            for name in ("", "frozen", "frozen, gate off"):
+                cells = {_counted(labels): _paired(rows, base, name, labels) for labels in counts}
+                if set(cells.values()) != {"-"}:
+                    lines.append({"method": base, "models": name or "tuned (default)", "setting": setting} | cells)
+    return markdown_table(lines)
+
+
+def _published(labels: int, method: str) -> float | None:
+    return next((row.dice for row in published_rows("LA", labels, method) if "SemiSAM" in row.source), None)
+
+
+def _paired(rows: list[dict[str, Any]], base: str, name: str, labels: int) -> str:
+    """A base's Dice without and with SemiSAM, over the seeds that both have."""
+    plain, helped = (
+        {
+            row["config"]["seed"]: row
+            for row in rows
+            if (row["method"], row["labels"], row.get("name", "")) == (method, labels, variant)
+        }
+        for method, variant in ((base, ""), (f"{base}+semisam", name))
+    )
+    if not (seeds := sorted(plain.keys() & helped.keys())):
+        return "-"
+    without, with_it = ([runs[seed] for seed in seeds] for runs in (plain, helped))
+    cell = _gain(*(mean(100 * row["dice"] for row in runs) for runs in (without, with_it)))
+    return cell + (f", {len(seeds)} seeds" if len(seeds) > 1 else "") + _mark(*without, *with_it)
+
+
+def _gain(without: float | None, with_it: float | None) -> str:
+    if without is None or with_it is None:
+        return "-"
+    return f"{without:.1f} to {with_it:.1f} ({with_it - without:+.1f})"
 
 
 def batch_norm() -> str:
@@ -512,6 +561,7 @@ TABLES = {
     "la-suggest": la_suggest,
     "phantoms-development": phantoms_development,
     "foundation-step": foundation_step,
+    "semisam-gains": semisam_gains,
     "semisam-prompts": semisam_prompts,
     "confidence": confidence,
     "step-speed": step_speed,
