@@ -15,10 +15,21 @@ import torch
 from torch import nn
 
 from scarceseg.errors import ConfigError, DataError
-from scarceseg.foundation import FOUNDATIONS, FoundationModel, Masks, Promptable, Tunable, TunedModel, Tuning
+from scarceseg.foundation import (
+    FOUNDATIONS,
+    FoundationModel,
+    HeadTunable,
+    Masks,
+    Promptable,
+    Tunable,
+    TunedModel,
+    Tuning,
+)
 from scarceseg.foundation.base import Embedding, PromptKind, Spacing, Strategy, check_prompts, freeze
 from scarceseg.foundation.catalogue import CATALOGUE
+from scarceseg.foundation.dialogue import Asking
 from scarceseg.foundation.load import load_foundation
+from scarceseg.foundation.redrawing import Redrawing
 from scarceseg.foundation.sam_med3d_tuned import SamMed3DModel
 from scarceseg.foundation.sam_volume import SamOptions, SamPromptable
 from scarceseg.foundation.tiny_sam import TinySam
@@ -71,6 +82,7 @@ def model_of(name: str) -> Any:
 
 ALL = [*SMALL, *REGISTERED]
 PROMPTABLE = [name for name in ALL if isinstance(model_of(name), Promptable)]
+HEADS = [name for name in PROMPTABLE if isinstance(model_of(name), HeadTunable)]
 TUNABLE = [name for name in ALL if isinstance(model_of(name), Tunable)]
 
 
@@ -216,6 +228,29 @@ def test_frozen_means_frozen(name: str) -> None:
     for value in (*embedding.features.values(), first.logits, masks.logits, masks.quality, *masks.memory.values()):
         assert not value.requires_grad and value.grad_fn is None
     assert_frozen(model, before)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_of_its_own_learns_and_the_original_stays(name: str) -> None:
+    model = model_of(name)
+    before = weights(model)
+    opened = Redrawing(model, Asking(kinds=("point", "mask")), ISO)
+    drawn = torch.zeros(1, 1, *SIZE)
+    drawn[:, :, 3:10, 3:8, 3:7] = 0.95
+    image = torch.cat([noise(SIZE), drawn], 1)
+    label = (drawn[:, 0] > 0.5).long()
+    optimizer = torch.optim.SGD(opened.parameters(), lr=0.1)
+    segmentation_loss(opened(image), label).backward()
+    gradients = {path: p.grad for path, p in opened.named_parameters()}
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
+    assert any(g.any() for g in gradients.values() if g is not None)
+    optimizer.step()
+    prompt = prompts_of(model, SIZE)[0]
+    answers = [one.segment(one.embed(image[:, :1], ISO), [prompt]).logits for one in (model, opened.frozen())]
+    assert not torch.equal(*answers) and not answers[1].requires_grad
+    opened.head.zero_grad(set_to_none=True)
+    assert_frozen(model, before)
+    assert_frozen(opened.model, weights(opened.model))
 
 
 @pytest.mark.parametrize("name", PROMPTABLE)

@@ -1,4 +1,4 @@
-"""SemiSAM: a frozen promptable model, prompted by the student, is one more opinion on the unlabelled patches."""
+"""SemiSAM: a promptable model, prompted by the student, is one more opinion on the unlabelled patches."""
 
 from __future__ import annotations
 
@@ -130,13 +130,15 @@ def need(labelled: int, enough: int, pool: bool = False, tuned: bool = False) ->
 
 @METHODS.register("semisam")
 class SemiSam(Term):
-    """``mean(w (p_u - s_u)^2)`` against the mask ``s_u`` of a frozen model that the student prompts (Zhang et al. 2023, eq. 3).
+    """``mean(w (p_u - s_u)^2)`` against the mask ``s_u`` of a model that the student prompts (Zhang et al. 2023, eq. 3).
 
     Each foreground class that the student finds in an unlabelled patch is asked for once, with clicks, a box and/or its
     probability map; the answers are merged into class probabilities. A class it does not find is not asked for and adds no
     loss. The model works on detached predictions: the gradient reaches the student through ``p_u`` alone.
 
-    Differs from the paper: masks and voxels are weighed by a gate (``w = 1`` without), see
+    Differs from the paper: before the training, the head of the model learns on the labelled volumes to redraw spoilt references
+    (`scarceseg.foundation.redrawing`; ``tune_iterations: 0`` leaves it frozen), after which it is frozen and asked throughout
+    instead of less and less; masks and voxels are weighed by a gate (``w = 1`` without), see
     `scarceseg.functional.reliability`; the default prompt is the probability map with single clicks, whose answers
     are averaged. The mean runs over the foreground classes; with one, that is the paper's mean over both.
     """
