@@ -16,7 +16,7 @@ from scarceseg.inference.predictor import predict
 TERMS: dict[str, dict[str, dict[str, Any]]] = {
     "mean-teacher": {},
     "mean-teacher+sfr": {"sfr": {"tune_iterations": 50}},
-    "mean-teacher+semisam": {"semisam": {"every": 2}},
+    "mean-teacher+semisam": {"semisam": {"every": 2, "tune_iterations": 100}},
 }
 """The methods, with what makes them quick."""
 
