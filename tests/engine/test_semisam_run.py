@@ -88,16 +88,12 @@ def test_stopped_while_a_head_is_tuned_and_resumed_is_bit_for_bit_the_same(data:
 
 
 def test_a_tuned_head_is_what_is_asked(data: Path, tmp_path: Path) -> None:
-    """And it is asked with any number of labels, while one that stays as it is counts them."""
-    options = {"weight": 5.0, "ramp": "constant", "enough": 1}
-    kept = {}
+    options = {"weight": 5.0, "ramp": "constant"}
     for name, steps in (("few", 1), ("more", 6), ("none", 0)):
         train(config_of(data, semisam=options | {"tune_iterations": steps}), tmp_path / name)
-        kept[name] = "semisam-tune" in {path.name for path in (tmp_path / name / "stages").glob("*")}
-    assert kept == {"few": True, "more": True, "none": False}
-    assert not same(tmp_path / "few", tmp_path / "more")
-    assert max(asked(tmp_path / "few")) > 0
-    assert not [entry for entry in lines(tmp_path / "none") if "asked/semisam" in entry]
+        assert (tmp_path / name / "stages" / "semisam-tune").exists() == bool(steps)
+        assert max(asked(tmp_path / name)) > 0
+    assert not same(tmp_path / "few", tmp_path / "more") and not same(tmp_path / "few", tmp_path / "none")
 
 
 def test_a_damaged_head_is_told(data: Path, tmp_path: Path) -> None:
@@ -139,8 +135,7 @@ def test_with_many_labels_a_run_is_that_of_its_base_and_says_so(
     monkeypatch.setattr(SemiSam, "_promptable", built)
     train(tiny_config(data, log_every=1), tmp_path / "base")
     capsys.readouterr()
-    frozen = {"enough": 1, "tune_iterations": 0}
-    result = train(config_of(data, semisam=frozen), tmp_path / "run")  # of two labelled volumes
+    result = train(config_of(data, semisam={"enough": 1}), tmp_path / "run")  # of two labelled volumes
     assert same(tmp_path / "base", tmp_path / "run")
     (said,) = (line for line in result.warnings if "semisam" in line)
     assert said.startswith("with 2 labelled volumes semisam asks nothing (terms.semisam.enough: 1)")

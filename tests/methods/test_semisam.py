@@ -274,8 +274,6 @@ def test_the_more_labels_the_less_a_model_is_needed() -> None:
     assert [need(labelled, 1) for labelled in (1, 2)] == [1, 0]
     assert need(6, 4) == need(6, 4, pool=True) == pytest.approx(0.4150375)  # log2(8 / 6)
     assert [need(labelled, 4, pool=True) for labelled in (1, 2, 4, 8)] == [1, 1, 1, 0]
-    assert [need(labelled, 4, tuned=True) for labelled in (1, 2, 4, 8, 16)] == [3, 2, 1, 1, 1]
-    assert [need(labelled, 4, pool=True, tuned=True) for labelled in (1, 8)] == [1, 1]
 
 
 def test_the_weight_of_tuned_models_stays_and_that_of_others_falls() -> None:

@@ -58,10 +58,9 @@ class SemiSamOptions(TermOptions):
             asked too, each tenth time: masks that are too large take the place of classes that the student does not find yet.
         doubt: share of a voxel's weight that is left to voxels in which the student is unsure.
         enough: labelled volumes with which the term has its `weight`; with N of them it has that times
-            ``max(0, log2(2 enough / N))``, as much again for every halving, and from twice as many on nothing is asked of models
-            that stay as they are: the student then knows more than they do, which none of the other measures shows. Models that
-            are tuned learn from these volumes too; for them the factor is at least 1. Beside a term that labels the pool (sfr,
-            atlas and the like) it is at most 1. None: `weight` with any number.
+            ``max(0, log2(2 enough / N))``, as much again for every halving, and from twice as many on nothing is asked: the
+            student then knows more than the model, which none of the other measures shows. Beside a term that labels the
+            pool (sfr, atlas and the like) the factor is at most 1. None: `weight` with any number.
         every: iterations from one question to the next; between them the term is silent.
         tune_iterations: steps in which the models' heads learn on the labelled volumes to redraw spoilt references, from the
             prompts of this term (ours; a stage before the training). None is 300, or as many as the run has where these are
@@ -111,20 +110,18 @@ class SemiSamOptions(TermOptions):
         return found
 
 
-def need(labelled: int, enough: int, pool: bool = False, tuned: bool = False) -> float:
+def need(labelled: int, enough: int, pool: bool = False) -> float:
     """How much a student needs the models (ours): ``max(0, log2(2 n / N))``, at most 1 if it has labels of the pool.
 
     Args:
         labelled: volumes, N.
         enough: n, with which a student needs them once.
         pool: whether another term labels the unlabelled volumes.
-        tuned: whether the models learn from these volumes too, and so know more the more there are: then at least 1.
 
     Returns:
-        3, 2, 1, 0 with 1, 2, 4, 8 labelled volumes and n = 4, tuned 3, 2, 1, 1; in sums with a term that labels the pool
-        1, 1, 1, 0, tuned 1.
+        3, 2, 1, 0 with 1, 2, 4, 8 labelled volumes and n = 4; in sums with a term that labels the pool 1, 1, 1, 0.
     """
-    factor = max(math.log2(2 * enough / labelled), 1.0 if tuned else 0.0)
+    factor = max(math.log2(2 * enough / labelled), 0.0)
     return min(factor, 1.0) if pool else factor
 
 
@@ -207,13 +204,7 @@ class SemiSam(Term):
         if not self.options.gate or self.options.enough is None:
             return 1.0
         pool = any(issubclass(METHODS.get(name), PseudoLabelTerm) for name in parse_method(work.config.method))
-        return need(len(work.labelled), self.options.enough, pool, self._learns(work))
-
-    def _learns(self, work: Workspace) -> bool:
-        """Whether the heads of all models are tuned."""
-        if self.options.tune_iterations == 0:
-            return False
-        return all(isinstance(self._promptable(work, name), HeadTunable) for name in self._names(work))
+        return need(len(work.labelled), self.options.enough, pool)
 
     def _promptable(self, work: Workspace, name: str) -> Promptable:
         model = work.model(name)
