@@ -9,7 +9,7 @@ import torch
 
 from scarceseg.data.sampling import Batch, made_ahead
 from scarceseg.data.whole import Sampler
-from scarceseg.functional.noise import COARSE_AND_FINE, spoilt_masks
+from scarceseg.functional.spoilt import COARSE_AND_FINE, spoilt_masks
 from scarceseg.seeds import rng
 from scarceseg.types import IGNORE_LABEL
 

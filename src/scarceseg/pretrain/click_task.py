@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from scarceseg.foundation.tiny_sam3d_net import EncodedPrompt, TinySam3DNet
-from scarceseg.functional.noise import spoilt_masks
+from scarceseg.functional.spoilt import spoilt_masks
 from scarceseg.pretrain.volumes import TRAINING, Setting, Shape, SyntheticVolume, draw_target, make_volume
 
 Name = TypeVar("Name", str, int)

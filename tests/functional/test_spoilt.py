@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scarceseg.functional.noise import COARSE_AND_FINE, FINE, Grid, spoilt_masks
+from scarceseg.functional.spoilt import COARSE_AND_FINE, FINE, Grid, spoilt_masks
 
 
 def balls(*radii: float) -> torch.Tensor:
