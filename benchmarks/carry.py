@@ -35,7 +35,6 @@ LEARNT = (
     "learn_from",
     "gate",
     "enough",
-    "tune_iterations",
 )
 """Options that decide what of the teachers' answers is learnt; the others have their defaults here."""
 Kind = tuple[bool, str, str, int, str]
@@ -49,7 +48,9 @@ def kind_of(path: Path, row: Any) -> Kind | None:
     if not isinstance(row, dict) or "code" not in row or not isinstance(row.get("config"), dict):
         return None
     terms = {
-        name: {key: value for key, value in options.items() if key in LEARNT}
+        name: {
+            key: value for key, value in options.items() if key in LEARNT or (key == "tune_iterations" and value == 0)
+        }
         for name, options in row["config"]["terms"].items()
     }
     options = json.dumps({name: chosen for name, chosen in terms.items() if chosen}, sort_keys=True)
