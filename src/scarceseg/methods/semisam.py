@@ -44,8 +44,8 @@ class SemiSamOptions(TermOptions):
 
     Attributes:
         weight, ramp: the paper has 0.1 and ``semisam-down``; its script ramps by ``laine-down``. The gate leaves a part of the
-            weight only, hence more here. ``auto`` is the paper's ramp for models that stay as they are, whose masks help at
-            the start alone, and ``constant`` where all are tuned.
+            weight only, hence more here. ``auto`` is the paper's ramp for models that stay as they are, whose masks a
+            better student outgrows, and ``constant`` where all are tuned.
         foundation: promptable models, one or several (SemiSAM+); none takes the run's.
         channel: of the image that the models are shown, from 0; None shows all, which not every model takes.
         view: how a 2D model sees a patch: as one ``mosaic`` of its slices, or ``slices`` one by one.
