@@ -18,6 +18,7 @@ from typing import Any
 
 from common import CLICKS, INFERENCE, PIPELINE, RESULTS, ROOT, code_hash, direct_code, step_code, training_code
 from scarceseg.evaluation.tables import markdown_table, published_rows
+from scarceseg.methods.semisam import SemiSamOptions, need
 from step_profile import KINDS, REST
 
 STALE = "†"
@@ -35,6 +36,12 @@ FOUNDATION_STEP = (
 )
 SETTINGS = {"la_development": "LA, 1.25 mm", "la_coarse": "LA, 2.5 mm", "phantoms_development": "phantoms"}
 METHODS = ("supervised", "mean-teacher", "ua-mt")
+GAINING = {
+    "": "tuned (default)",
+    "gate off": "tuned, gate off",
+    "frozen": "frozen",
+    "frozen, gate off": "frozen, gate off",
+}
 
 
 def load(folder: str) -> list[dict[str, Any]]:
@@ -89,22 +96,27 @@ def augmentation() -> str:
 
 def semisam_gains() -> str:
     """What SemiSAM adds to a base method, here and in its paper: means over the seeds that both have."""
-    settings = {"1.25 mm": load("la_development"), "coarse": load("la_coarse")}
+    settings = {
+        "1.25 mm": load("la_development"),
+        "coarse": load("la_coarse"),
+        "coarse, published augmentation": load("reflections/la_coarse"),
+    }
     counts = (1, 2, 4, 8, 16)
     lines = []
-    for base in ("mean-teacher", "ua-mt"):
+    for base in ("mean-teacher", "ua-mt", "acmt", "mean-teacher+sfr", "mean-teacher+atlas"):
         paper = {
             _counted(labels): _gain(*(_published(labels, name) for name in (base, f"{base}+semisam")))
             for labels in counts
         }
-        lines.append(
-            {"method": base, "models": "frozen", "setting": "its paper: full resolution, 20 test cases"} | paper
-        )
+        if set(paper.values()) != {"-"}:
+            lines.append(
+                {"method": base, "models": "frozen", "setting": "its paper: full resolution, 20 test cases"} | paper
+            )
         for setting, rows in settings.items():
-            for name in ("", "frozen", "frozen, gate off"):
+            for name in GAINING:
                 cells = {_counted(labels): _paired(rows, base, name, labels) for labels in counts}
-                if set(cells.values()) != {"-"}:
-                    lines.append({"method": base, "models": name or "tuned (default)", "setting": setting} | cells)
+                if set(cells.values()) - {"-", "nothing asked"}:
+                    lines.append({"method": base, "models": GAINING[name], "setting": setting} | cells)
     return markdown_table(lines)
 
 
@@ -123,7 +135,8 @@ def _paired(rows: list[dict[str, Any]], base: str, name: str, labels: int) -> st
         for method, variant in ((base, ""), (f"{base}+semisam", name))
     )
     if not (seeds := sorted(plain.keys() & helped.keys())):
-        return "-"
+        asks = "gate off" in name or need(labels, SemiSamOptions().enough or labels)
+        return "-" if asks else "nothing asked"
     without, with_it = ([runs[seed] for seed in seeds] for runs in (plain, helped))
     cell = _gain(*(mean(100 * row["dice"] for row in runs) for runs in (without, with_it)))
     return cell + (f", {len(seeds)} seeds" if len(seeds) > 1 else "") + _mark(*without, *with_it)
