@@ -67,8 +67,13 @@ def run_table(
                 print(f"{name}: {error}", flush=True)
                 continue
             result = {"name": options.name} | summary(run, config, native_mm)
-            save(f"{table}/{name}", result | json.loads(stamp.read_text(encoding="utf-8")))
+            save(f"{table}/{_slug(name)}", result | json.loads(stamp.read_text(encoding="utf-8")))
             print(f"{name}: Dice {result['dice']:.4f} HD95 {result['hd95_mm']} ASD {result['asd_mm']} mm", flush=True)
+
+
+def _slug(name: str) -> str:
+    """Name of a result's file, without commas and blanks."""
+    return name.replace(",", "").replace(" ", "-")
 
 
 def summary(run: Path, config: Config, native_mm: float | None) -> dict[str, Any]:
