@@ -98,6 +98,7 @@ def semisam_gains() -> str:
     """What SemiSAM adds to a base method, here and in its paper: means over the seeds that both have."""
     settings = {
         "1.25 mm": load("la_development"),
+        "1.25 mm, published augmentation": load("reflections/la_development"),
         "coarse": load("la_coarse"),
         "coarse, published augmentation": load("reflections/la_coarse"),
     }
