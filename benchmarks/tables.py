@@ -38,6 +38,7 @@ SETTINGS = {"la_development": "LA, 1.25 mm", "la_coarse": "LA, 2.5 mm", "phantom
 METHODS = ("supervised", "mean-teacher", "ua-mt")
 GAINING = {
     "": "tuned (default)",
+    "factor 3": "tuned, factor 3 as with 1 label",
     "gate off": "tuned, gate off",
     "frozen": "frozen",
     "frozen, gate off": "frozen, gate off",
